@@ -1,0 +1,12 @@
+"""yopo_ext: fast adversarial training with YOPO ("You Only Propagate Once", NeurIPS 2019) for PyTorch."""
+
+from ._version import __version__
+from .functional import FirstLayerUpdate, adversary_steps, explain, first_layer_update
+
+__all__ = [
+    "FirstLayerUpdate",
+    "__version__",
+    "adversary_steps",
+    "explain",
+    "first_layer_update",
+]

@@ -1,0 +1,48 @@
+"""One predicate: which backend and variant runs a first-layer update, and why not a faster one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from . import ops
+from .constants import ACTIVATIONS
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend and the variant that will run, with the reasons against faster ones."""
+
+    backend: str  # "native cpu", "native cuda", "reference"
+    variant: str
+    reasons: tuple[str, ...] = field(default=())
+
+    @property
+    def native(self) -> bool:
+        return self.backend != "reference"
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.backend}: {self.variant}", *(f"  not faster because {r}" for r in self.reasons)])
+
+
+def _why_not_native(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
+    status = ops.native_status
+    if x.device.type == "cpu":
+        reason = status.why_not_cpu
+    elif x.device.type == "cuda":
+        reason = status.why_not_cuda
+    else:
+        reason = f"there are no kernels for device type '{x.device.type}'"
+    return reason
+
+
+def choose(x, eta, costate, weight, bias, scale, shift, *rest) -> Choice:
+    """The choice for the operator's own arguments (see `yopo_ext.ops`); reads only shapes, dtypes and devices."""
+    activation, steps = rest[6], rest[8]
+    affine = activation == ACTIVATIONS["identity"]
+    loop = "collapsed (affine first layer: cost independent of steps)" if affine else f"{steps} iterated steps"
+    reason = _why_not_native(x, eta, costate, weight)
+    if reason is None:
+        return Choice(f"native {x.device.type}", loop)
+    return Choice("reference", loop, (reason,))

@@ -1,0 +1,43 @@
+"""The operators: schema, reference kernels, fake kernels. Loading a native library overrides its device's kernel.
+
+`yopo_ext::first_layer_update` is the operation of the package; `yopo_ext::first_layer_update_reference` has the same
+schema and is always the PyTorch definition, so that tests, and inputs no kernel takes, can reach it beside a native one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native, reference
+
+_SCHEMA = (
+    "(Tensor x, Tensor eta, Tensor costate, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
+    "float[] mean, float[] std, int[] stride, int[] padding, int[] dilation, int groups, int activation, "
+    "float negative_slope, int steps, float[] step_size, float[] eps, float[] lo, float[] hi, int norm, "
+    "bool need_output, bool need_weight_grad, bool allow_tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+_library = torch.library.Library("yopo_ext", "DEF")
+
+
+def _fake(x, eta, costate, weight, bias, scale, shift, *rest) -> reference.Outputs:
+    need_output, need_weight_grad = rest[-3], rest[-2]
+
+    def grad(parameter: Tensor | None) -> Tensor:
+        wanted = need_weight_grad and parameter is not None
+        return torch.empty_like(parameter, dtype=x.dtype) if wanted else x.new_empty(0)  # type: ignore[arg-type]
+
+    output = torch.empty_like(costate) if need_output else costate.new_empty(0)
+    return torch.empty_like(x), output, grad(weight), grad(bias), grad(scale), grad(shift)
+
+
+for _name in ("first_layer_update", "first_layer_update_reference"):
+    _library.define(_name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, reference.first_layer_update, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"yopo_ext::{_name}", _fake, lib=_library)
+
+native_status = _native.status()
+
+first_layer_update = torch.ops.yopo_ext.first_layer_update.default
+first_layer_update_reference = torch.ops.yopo_ext.first_layer_update_reference.default
