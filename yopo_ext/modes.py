@@ -1,7 +1,7 @@
 """Context managers that put a model's modes back, whatever happens in between.
 
-``training`` is saved per submodule and ``requires_grad`` per parameter: a model may hold both frozen and trained parts,
-and one global ``model.train()`` at the end would silently change them.
+`training` is saved per submodule and `requires_grad` per parameter: a model may hold both frozen and trained parts,
+and one global `model.train()` at the end would silently change them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["evaluating", "frozen_parameters", "preserved_modes", "training"]
 
 @contextmanager
 def preserved_modes(model: nn.Module) -> Iterator[None]:
-    """Restore every submodule's ``training`` and every parameter's ``requires_grad`` on leaving, exceptions included."""
+    """Restore every submodule's `training` and every parameter's `requires_grad` on leaving, exceptions included."""
     modules = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -48,7 +48,7 @@ def training(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """Compute no weight gradients inside the block: ``requires_grad`` is off for every parameter, then restored."""
+    """Compute no weight gradients inside the block: `requires_grad` is off for every parameter, then restored."""
     with preserved_modes(model):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
