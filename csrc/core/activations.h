@@ -78,7 +78,7 @@ struct Silu {
 
 // Calls f(Activation type) for the runtime value; Usage: dispatch_activation(a, [&](auto act) { using Act = decltype(act); ... })
 template <class F>
-inline void dispatch_activation(Activation activation, F&& f) {
+YOPO_HD void dispatch_activation(Activation activation, F&& f) {
   switch (activation) {
     case Activation::kIdentity: return f(Identity{});
     case Activation::kRelu: return f(Relu{});

@@ -4,5 +4,7 @@
 #if defined(__CUDACC__)
 #define YOPO_HD __host__ __device__ __forceinline__
 #else
-#define YOPO_HD inline
+// always_inline is not about speed: the same header is compiled for several instruction sets, and an out-of-line copy
+// built for the widest one must never be what the linker keeps for all.
+#define YOPO_HD __attribute__((always_inline)) inline
 #endif

@@ -17,7 +17,7 @@ enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3
 enum class Activation : int { kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kGelu = 3, kGeluTanh = 4, kSilu = 5 };
 enum class Norm : int { kLinf = 0, kL2 = 1 };
 
-// One value, or one per input channel; already rounded to the compute dtype.
+// One value, or one per input channel; kernels round it to the compute dtype before any arithmetic.
 struct ChannelConstant {
   const double* values = nullptr;  // host memory, alive during the call; null: absent
   int count = 0;                   // 0, 1 or C

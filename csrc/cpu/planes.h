@@ -1,0 +1,127 @@
+// Layer 1, CPU. Between the caller's strided tensors and the flat planes the contractions run on.
+#pragma once
+
+#include "core/geometry.h"
+#include "core/narrow.h"
+#include "core/params.h"
+#include "cpu/simd.h"
+
+namespace yopo::YOPO_ISA {
+
+// Where real pixels lie in an input plane: rows [row_begin, row_end), and for row i pixels (h, w0 + j * step) at columns
+// [col_begin, col_end).
+struct PlaneWindow {
+  int64_t row_begin, row_end, col_begin, col_end;
+};
+
+YOPO_HD int64_t ceil_div(int64_t n, int64_t d) { return n <= 0 ? 0 : (n + d - 1) / d; }
+
+YOPO_HD PlaneWindow plane_window(const Params& p, int64_t row_stride, int64_t plane_rows, int64_t a, int64_t b) {
+  PlaneWindow w;
+  w.row_begin = ceil_div(p.padding[0] - a, p.stride[0]);
+  w.row_end = ceil_div(p.padding[0] + p.height - a, p.stride[0]);
+  w.col_begin = ceil_div(p.padding[1] - b, p.stride[1]);
+  w.col_end = ceil_div(p.padding[1] + p.width - b, p.stride[1]);
+  if (w.row_end > plane_rows) w.row_end = plane_rows;  // pixels the stride leaves out have no plane element
+  if (w.col_end > row_stride) w.col_end = row_stride;
+  return w;
+}
+
+// One image [C, H, W] between strided memory and a dense row-major copy.
+template <class T>
+void gather_image(const Params& p, const T* from, const int64_t* strides, T* to) {
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t h = 0; h < p.height; ++h, to += p.width) {
+      const T* row = from + c * strides[1] + h * strides[2];
+      if (strides[3] == 1) {
+        std::memcpy(to, row, static_cast<size_t>(p.width) * sizeof(T));
+      } else {
+        for (int64_t w = 0; w < p.width; ++w) to[w] = row[w * strides[3]];
+      }
+    }
+}
+
+template <class T>
+void scatter_image(const Params& p, const T* from, T* to, const int64_t* strides) {
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t h = 0; h < p.height; ++h, from += p.width) {
+      T* row = to + c * strides[1] + h * strides[2];
+      if (strides[3] == 1) {
+        std::memcpy(row, from, static_cast<size_t>(p.width) * sizeof(T));
+      } else {
+        for (int64_t w = 0; w < p.width; ++w) row[w * strides[3]] = from[w];
+      }
+    }
+}
+
+// Costate planes of `kernels` channels: out[k][oh * row_stride + ow]; the other columns are left as they are (zero).
+template <class T, class P>
+void gather_costate(const Params& p, const P* from, const int64_t* strides, int64_t kernels, int64_t row_stride, T* out,
+                    int64_t out_stride) {
+  if (strides[1] == 1 && strides[3] != 1) {  // channels_last: read whole pixels, write 16 planes at a time
+    constexpr int64_t kTile = 16;
+    for (int64_t k0 = 0; k0 < kernels; k0 += kTile) {
+      const int64_t width = kernels - k0 < kTile ? kernels - k0 : kTile;
+      for (int64_t h = 0; h < p.out_height; ++h) {
+        const P* row = from + k0 + h * strides[2];
+        T* to = out + k0 * out_stride + h * row_stride;
+        if (width == kTile) {
+          for (int64_t w = 0; w < p.out_width; ++w)
+#pragma GCC unroll 16
+            for (int64_t k = 0; k < kTile; ++k) to[k * out_stride + w] = static_cast<T>(widen(row[w * strides[3] + k]));
+        } else {
+          for (int64_t w = 0; w < p.out_width; ++w)
+            for (int64_t k = 0; k < width; ++k) to[k * out_stride + w] = static_cast<T>(widen(row[w * strides[3] + k]));
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t k = 0; k < kernels; ++k)
+    for (int64_t h = 0; h < p.out_height; ++h) {
+      const P* row = from + k * strides[1] + h * strides[2];
+      T* to = out + k * out_stride + h * row_stride;
+      if (strides[3] == 1) {
+        for (int64_t w = 0; w < p.out_width; ++w) to[w] = static_cast<T>(widen(row[w]));
+      } else {
+        for (int64_t w = 0; w < p.out_width; ++w) to[w] = static_cast<T>(widen(row[w * strides[3]]));
+      }
+    }
+}
+
+template <class T, class P>
+void scatter_output(const Params& p, const T* from, int64_t from_stride, int64_t kernels, int64_t row_stride, P* to,
+                    const int64_t* strides) {
+  if (strides[1] == 1 && strides[3] != 1) {  // channels_last: write whole runs of channels
+    for (int64_t h = 0; h < p.out_height; ++h)
+      for (int64_t w = 0; w < p.out_width; ++w) {
+        P* pixel = to + h * strides[2] + w * strides[3];
+        const T* source = from + h * row_stride + w;
+        for (int64_t k = 0; k < kernels; ++k) pixel[k] = narrow<P>(source[k * from_stride]);
+      }
+    return;
+  }
+  for (int64_t k = 0; k < kernels; ++k)
+    for (int64_t h = 0; h < p.out_height; ++h) {
+      P* row = to + k * strides[1] + h * strides[2];
+      const T* source = from + k * from_stride + h * row_stride;
+      if (strides[3] == 1) {
+        for (int64_t w = 0; w < p.out_width; ++w) row[w] = narrow<P>(source[w]);
+      } else {
+        for (int64_t w = 0; w < p.out_width; ++w) row[w * strides[3]] = narrow<P>(source[w]);
+      }
+    }
+}
+
+// Calls f(typed null pointer) for a costate dtype. Usage: with_costate_type(p.costate_dtype, [&](auto* type) { ... });
+template <class F>
+YOPO_HD void with_costate_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(static_cast<float*>(nullptr));
+    case DType::kFloat64: return f(static_cast<double*>(nullptr));
+    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16: return f(static_cast<Float16*>(nullptr));
+  }
+}
+
+}  // namespace yopo::YOPO_ISA

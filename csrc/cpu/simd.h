@@ -1,0 +1,55 @@
+// Layer 1, CPU. Vectors through the compiler's vector extensions; one width per instruction set.
+//
+// Everything below namespace yopo::YOPO_ISA is compiled once per instruction set (see CMakeLists.txt), under distinct names.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "core/macros.h"
+
+#ifndef YOPO_ISA
+#define YOPO_ISA baseline
+#define YOPO_VECTOR_BYTES 16
+#define YOPO_REGISTERS 16
+#endif
+
+namespace yopo::YOPO_ISA {
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float Vec __attribute__((vector_size(YOPO_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(YOPO_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct Simd<double> {
+  typedef double Vec __attribute__((vector_size(YOPO_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(YOPO_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+template <class T>
+using Vec = typename Simd<T>::Vec;
+
+template <class T>
+inline constexpr int64_t kLanes = YOPO_VECTOR_BYTES / static_cast<int64_t>(sizeof(T));
+
+template <class T>
+YOPO_HD Vec<T> load(const T* from) {
+  return *reinterpret_cast<const typename Simd<T>::Unaligned*>(from);
+}
+template <class T>
+YOPO_HD void store(T* to, Vec<T> v) {
+  *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = v;
+}
+template <class T>
+YOPO_HD double lane_sum(const T* lanes) {
+  double sum = 0;
+  for (int64_t i = 0; i < kLanes<T>; ++i) sum += static_cast<double>(lanes[i]);
+  return sum;
+}
+
+YOPO_HD int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+}  // namespace yopo::YOPO_ISA

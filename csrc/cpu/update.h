@@ -1,0 +1,308 @@
+// Layer 1, CPU. The first-layer update of one image, in numbered phases, and the reduction of the weight gradients.
+#pragma once
+
+#include "core/activations.h"
+#include "cpu/layout.h"
+#include "cpu/microkernels.h"
+#include "cpu/planes.h"
+#include "cpu/steps.h"
+
+namespace yopo::YOPO_ISA {
+
+template <class T>
+class Update {
+ public:
+  Update(const Params& params, const Geometry& geometry, Arena& arena)
+      : p_(params), geometry_(geometry), l_(params, geometry), weights_(params, l_, arena) {
+    partial_stride_ = p_.grad_weight != nullptr ? p_.kernels * (l_.products + 1) : 0;
+    partials_ = arena.take<double>(tasks() * partial_stride_);
+  }
+
+  void prepare() { weights_.fill(p_, geometry_, l_); }
+
+  int64_t tasks() const { return ceil_div(p_.batch, images_per_task(p_.batch)); }
+
+  size_t scratch_bytes() const {
+    Arena counter(nullptr);
+    ImagePlanes<T> planes(p_, geometry_, l_, counter);
+    return counter.used() + 64;
+  }
+
+  // One task: a few images, then their weight gradients with the lanes summed.
+  void run(int64_t begin, int64_t end, void* scratch) const {
+    Arena arena(scratch);
+    ImagePlanes<T> planes(p_, geometry_, l_, arena);
+    planes.clear();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t per_task = images_per_task(p_.batch), first = task * per_task;
+      for (int64_t image = first; image < first + per_task && image < p_.batch; ++image) run_image(image, planes);
+      if (partial_stride_ > 0) reduce_lanes(planes, partials_ + task * partial_stride_);
+    }
+  }
+
+  // After all tasks: the sum over tasks, in their order, in double.
+  void finish() const {
+    if (p_.grad_weight == nullptr) return;
+    const T *weight = static_cast<const T*>(p_.weight), *scales = static_cast<const T*>(p_.scale);
+    const T* biases = static_cast<const T*>(p_.bias);
+    for (int64_t k = 0; k < p_.kernels; ++k) {
+      const double scale = scales != nullptr ? static_cast<double>(scales[k]) : 1.0;
+      const double q_sum = total(p_.kernels * l_.products + k);
+      double conv_dot_q = biases != nullptr ? static_cast<double>(biases[k]) * q_sum : 0.0;
+      for (int64_t c = 0; c < l_.group_channels; ++c)
+        for (int64_t t = 0; t < l_.taps; ++t) {
+          const Tap& tap = geometry_.taps[static_cast<size_t>(t)];
+          const int64_t to = (k * l_.group_channels + c) * l_.taps + tap.r * p_.cols + tap.s;
+          const double sum = total(k * l_.products + c * l_.taps + t);
+          static_cast<T*>(p_.grad_weight)[to] = static_cast<T>(sum * scale);
+          conv_dot_q += sum * static_cast<double>(weight[to]);
+        }
+      if (p_.grad_bias != nullptr) static_cast<T*>(p_.grad_bias)[k] = static_cast<T>(q_sum * scale);
+      if (p_.grad_scale != nullptr) static_cast<T*>(p_.grad_scale)[k] = static_cast<T>(conv_dot_q);
+      if (p_.grad_shift != nullptr) static_cast<T*>(p_.grad_shift)[k] = static_cast<T>(q_sum);
+    }
+  }
+
+ private:
+  void run_image(int64_t image, ImagePlanes<T>& planes) const {
+    // 1) Read the image, its perturbation and, once, its costate.
+    gather_image(p_, static_cast<const T*>(p_.x) + image * p_.x_strides[0], p_.x_strides, planes.x);
+    gather_image(p_, static_cast<const T*>(p_.eta) + image * p_.eta_strides[0], p_.eta_strides, planes.eta);
+    if (p_.steps > 0 || p_.grad_weight != nullptr)
+      with_costate_type(p_.costate_dtype, [&](auto* type) {
+        using P = std::remove_pointer_t<decltype(type)>;
+        gather_costate(p_, static_cast<const P*>(p_.costate) + image * p_.costate_strides[0], p_.costate_strides,
+                       p_.kernels, geometry_.row_stride, planes.costate, l_.costate_plane);
+      });
+    // 2) The inner steps: one gradient for all of them where f0 is affine.
+    if (p_.affine() && p_.steps > 0) {
+      affine_gradient(planes);
+      step(planes, p_.steps, true);
+    } else {
+      for (int64_t i = 0; i < p_.steps; ++i) {
+        set_input(planes, true);
+        nonlinear_gradient(planes);
+        step(planes, 1, i == 0);
+      }
+    }
+    scatter_image(p_, planes.eta, static_cast<T*>(p_.eta_out) + image * p_.eta_out_strides[0], p_.eta_out_strides);
+    // 3) Output and weight gradients at the new perturbation.
+    if (p_.output == nullptr && p_.grad_weight == nullptr) return;
+    set_input(planes, false);
+    outputs(image, planes);
+  }
+
+  void step(ImagePlanes<T>& planes, int64_t steps, bool first) const {
+    collect_gradient(planes);
+    if (p_.norm == Norm::kLinf) {
+      linf_steps(p_, planes.x, planes.gradient, steps, first, planes.eta);
+    } else {
+      l2_steps(p_, planes.x, planes.gradient, steps, first, planes.eta, planes.direction);
+    }
+  }
+
+  // u = norm(x + eta), into the interior of the input planes; clamped to the box for the inner steps.
+  void set_input(ImagePlanes<T>& planes, bool clamped) const {
+    for (int64_t c = 0; c < p_.channels; ++c) {
+      const ChannelThreat<T> threat(p_, c);
+      const T mean = p_.mean.present() ? static_cast<T>(p_.mean[c]) : T(0);
+      const T std = p_.std.present() ? static_cast<T>(p_.std[c]) : T(1);
+      for_each_row(c, [&](T* row, int64_t from, int64_t step, int64_t count) {
+        const T *x = planes.x + from, *eta = planes.eta + from;
+        const auto fill = [&](int64_t stride) {
+          for (int64_t j = 0; j < count; ++j) {
+            const T u = x[j * stride] + eta[j * stride];
+            row[j] = ((clamped ? clamp(u, threat.lo, threat.hi) : u) - mean) / std;
+          }
+        };
+        const auto copy = [&](int64_t stride) {  // without normalisation: no division
+          for (int64_t j = 0; j < count; ++j) {
+            const T u = x[j * stride] + eta[j * stride];
+            row[j] = clamped ? clamp(u, threat.lo, threat.hi) : u;
+          }
+        };
+        if (p_.mean.present()) return fill(step);
+        step == 1 ? copy(1) : copy(step);
+      }, planes.input);
+    }
+  }
+
+  void collect_gradient(ImagePlanes<T>& planes) const {
+    if (p_.stride[0] > 1 || p_.stride[1] > 1)  // some pixels may be read by no tap
+      std::memset(planes.gradient, 0, static_cast<size_t>(l_.pixels) * sizeof(T));
+    for (int64_t c = 0; c < p_.channels; ++c) {
+      const T std = p_.std.present() ? static_cast<T>(p_.std[c]) : T(1);
+      for_each_row(c, [&](const T* row, int64_t to, int64_t step, int64_t count) {
+        T* g = planes.gradient + to;
+        if (step == 1 && !p_.std.present()) {
+          std::memcpy(g, row, static_cast<size_t>(count) * sizeof(T));
+        } else {
+          for (int64_t j = 0; j < count; ++j) g[j * step] = row[j] / std;
+        }
+      }, planes.input_gradient);
+    }
+  }
+
+  // Calls f(row in its plane, index of its first pixel in a dense image, pixel step, count) for every row of channel c.
+  template <class F>
+  void for_each_row(int64_t c, const F& f, T* plane_base) const {
+    for (int64_t i = 0; i < l_.phases; ++i) {
+      const Phase& phase = geometry_.phases[static_cast<size_t>(i)];
+      const PlaneWindow w = plane_window(p_, geometry_.row_stride, geometry_.plane_rows, phase.a, phase.b);
+      T* plane = plane_base + (c * l_.phases + i) * l_.input_plane;
+      for (int64_t row = w.row_begin; row < w.row_end && w.col_begin < w.col_end; ++row) {
+        const int64_t h = row * p_.stride[0] + phase.a - p_.padding[0];
+        const int64_t first = w.col_begin * p_.stride[1] + phase.b - p_.padding[1];
+        f(plane + row * geometry_.row_stride + w.col_begin, (c * p_.height + h) * p_.width + first, p_.stride[1],
+          w.col_end - w.col_begin);
+      }
+    }
+  }
+
+  void clear_gradient(ImagePlanes<T>& planes) const {
+    std::memset(planes.input_gradient, 0,
+                static_cast<size_t>(p_.channels * l_.phases * l_.input_plane) * sizeof(T));
+  }
+
+  // Adds the input gradient of `count` costate planes, the first being output channel k of its group.
+  void add_gradient(ImagePlanes<T>& planes, int64_t group, int64_t k, const T* costate, int64_t count) const {
+    const T* weight = weights_.dgrad + group * l_.group_kernels * l_.products;
+    for (int64_t i = 0; i < l_.phases; ++i) {
+      const Phase& phase = geometry_.phases[static_cast<size_t>(i)];
+      const PlaneWindow w = plane_window(p_, geometry_.row_stride, geometry_.plane_rows, phase.a, phase.b);
+      const int64_t taps = phase.tap_end - phase.tap_begin;
+      for (int64_t c = 0; c < l_.group_channels; c += kChannelBlock)
+        with_width<kChannelBlock>(l_.group_channels - c, [&](auto width) {
+          constexpr int kC = decltype(width)::value;
+          T* g = planes.input_gradient + ((group * l_.group_channels + c) * l_.phases + i) * l_.input_plane;
+          dgrad<T, kC>(costate, l_.costate_plane, count, weights_.dgrad_offsets + phase.tap_begin, taps,
+                       weight + k * taps * kC, g, l_.phases * l_.input_plane, w.row_begin * geometry_.row_stride,
+                       w.row_end * geometry_.row_stride);
+          weight += l_.group_kernels * taps * kC;
+        });
+    }
+  }
+
+  template <class F>
+  void for_each_kernel_block(const F& f) const {  // f(group, first output channel in the group, count)
+    for (int64_t group = 0; group < p_.groups; ++group)
+      for (int64_t k = 0; k < l_.group_kernels; k += l_.kernel_block) {
+        const int64_t left = l_.group_kernels - k;
+        f(group, k, left < l_.kernel_block ? left : l_.kernel_block);
+      }
+  }
+
+  void affine_gradient(ImagePlanes<T>& planes) const {
+    clear_gradient(planes);
+    for_each_kernel_block([&](int64_t group, int64_t k, int64_t count) {
+      const T* costate = planes.costate + (group * l_.group_kernels + k) * l_.costate_plane;
+      add_gradient(planes, group, k, costate, count);
+    });
+  }
+
+  // Pre-activations of a block of output channels, into planes.output.
+  void pre_activations(ImagePlanes<T>& planes, int64_t group, int64_t k, int64_t count) const {
+    const T* u = planes.input + group * l_.group_channels * l_.phases * l_.input_plane;
+    for (int64_t i = 0; i < count; i += kBlocking.forward_kernels)
+      with_width<kBlocking.forward_kernels>(count - i, [&](auto width) {
+        const int64_t kernel = group * l_.group_kernels + k + i;
+        forward<T, decltype(width)::value>(u, weights_.forward_offsets, l_.products,
+                                           weights_.forward + kernel * l_.products, weights_.bias + kernel,
+                                           geometry_.out_size, planes.output + i * l_.costate_plane, l_.costate_plane);
+      });
+  }
+
+  // planes.masked_costate = p * act'(planes.output), element by element; zeros of the costate stay zeros.
+  void mask_costate(ImagePlanes<T>& planes, const T* costate, int64_t count) const {
+    const T negative_slope = static_cast<T>(p_.negative_slope);
+    const int64_t size = round_up(geometry_.out_size, kLanes<T>);
+    dispatch_activation(p_.activation, [&](auto act) {
+      for (int64_t i = 0; i < count; ++i) {
+        const T *p = costate + i * l_.costate_plane, *z = planes.output + i * l_.costate_plane;
+        T* to = planes.masked_costate + i * l_.costate_plane;
+        for (int64_t q = 0; q < size; ++q) to[q] = p[q] * decltype(act)::slope(z[q], negative_slope);
+      }
+    });
+  }
+
+  void activate(ImagePlanes<T>& planes, int64_t count) const {
+    if (p_.affine()) return;
+    const T negative_slope = static_cast<T>(p_.negative_slope);
+    dispatch_activation(p_.activation, [&](auto act) {
+      for (int64_t i = 0; i < count; ++i) {
+        T* z = planes.output + i * l_.costate_plane;
+        for (int64_t q = 0; q < geometry_.out_size; ++q) z[q] = decltype(act)::value(z[q], negative_slope);
+      }
+    });
+  }
+
+  void nonlinear_gradient(ImagePlanes<T>& planes) const {
+    clear_gradient(planes);
+    for_each_kernel_block([&](int64_t group, int64_t k, int64_t count) {
+      pre_activations(planes, group, k, count);
+      mask_costate(planes, planes.costate + (group * l_.group_kernels + k) * l_.costate_plane, count);
+      add_gradient(planes, group, k, planes.masked_costate, count);
+    });
+  }
+
+  void outputs(int64_t image, ImagePlanes<T>& planes) const {
+    const bool need_output = p_.output != nullptr, need_weights = p_.grad_weight != nullptr;
+    const bool mask = need_weights && !p_.affine();
+    for_each_kernel_block([&](int64_t group, int64_t k, int64_t count) {
+      const int64_t kernel = group * l_.group_kernels + k;
+      const T* costate = planes.costate + kernel * l_.costate_plane;
+      // a) Pre-activations of the block, and from them the masked costate and the output.
+      if (need_output || mask) pre_activations(planes, group, k, count);
+      if (mask) mask_costate(planes, costate, count);
+      if (need_output) {
+        activate(planes, count);
+        with_costate_type(p_.costate_dtype, [&](auto* type) {
+          using P = std::remove_pointer_t<decltype(type)>;
+          P* to = static_cast<P*>(p_.output) + image * p_.output_strides[0] + kernel * p_.output_strides[1];
+          scatter_output(p_, planes.output, l_.costate_plane, count, geometry_.row_stride, to, p_.output_strides);
+        });
+      }
+      // b) Weight gradients while the block is in cache.
+      if (need_weights) add_weight_gradient(planes, group, kernel, mask ? planes.masked_costate : costate, count);
+    });
+  }
+
+  void add_weight_gradient(ImagePlanes<T>& planes, int64_t group, int64_t kernel, const T* q, int64_t count) const {
+    const T* u = planes.input + group * l_.group_channels * l_.phases * l_.input_plane;
+    const int64_t stride = l_.products * kLanes<T>;
+    for (int64_t i = 0; i < count; i += kBlocking.wgrad_kernels)
+      with_width<kBlocking.wgrad_kernels>(count - i, [&](auto width) {
+        wgrad<T, decltype(width)::value>(q + i * l_.costate_plane, l_.costate_plane, u, weights_.forward_offsets,
+                                         l_.products, geometry_.out_size, planes.weight_sums + (kernel + i) * stride, stride);
+      });
+    for (int64_t i = 0; i < count; ++i) {
+      T* sums = planes.costate_sums + (kernel + i) * kLanes<T>;
+      Vec<T> acc = load(sums);
+      for (int64_t at = 0; at < geometry_.out_size; at += kLanes<T>) acc += load(q + i * l_.costate_plane + at);
+      store(sums, acc);
+    }
+  }
+
+  void reduce_lanes(ImagePlanes<T>& planes, double* to) const {
+    const int64_t sums = p_.kernels * l_.products;
+    for (int64_t i = 0; i < sums; ++i) to[i] = lane_sum(planes.weight_sums + i * kLanes<T>);
+    for (int64_t k = 0; k < p_.kernels; ++k) to[sums + k] = lane_sum(planes.costate_sums + k * kLanes<T>);
+    std::memset(planes.weight_sums, 0, static_cast<size_t>(sums * kLanes<T>) * sizeof(T));
+    std::memset(planes.costate_sums, 0, static_cast<size_t>(p_.kernels * kLanes<T>) * sizeof(T));
+  }
+
+  double total(int64_t index) const {
+    double sum = 0;
+    for (int64_t task = 0; task < tasks(); ++task) sum += partials_[task * partial_stride_ + index];
+    return sum;
+  }
+
+  const Params& p_;
+  const Geometry& geometry_;
+  Layout<T> l_;
+  PackedWeights<T> weights_;
+  double* partials_;  // [task][K * products, then K]
+  int64_t partial_stride_;
+};
+
+}  // namespace yopo::YOPO_ISA
