@@ -1,0 +1,7 @@
+"""`python -m yopo_ext` is the command `yopo-ext`."""
+
+import sys
+
+from yopo_ext.training.cli import main
+
+sys.exit(main())

@@ -1,0 +1,149 @@
+"""What a user may configure, typed; how defaults depend on data set and method; and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from yopo_ext import validation
+from yopo_ext.training import methods
+from yopo_ext.training.methods import Method, ThreatModel
+from yopo_ext.training.methods.base import option
+from yopo_ext.training.schedules import make_schedule
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Defaults of a data set: a comparison should not need a configuration file."""
+
+    model: str
+    eps: float
+    epochs: int
+    batch_size: int
+    lr: float
+    augment: bool = False
+
+
+PRESETS: dict[str, Preset] = {
+    "digits": Preset("digits-cnn", eps=0.15, epochs=30, batch_size=32, lr=0.1),
+}
+
+
+@dataclass
+class TrainConfig:
+    """One training run. None means: the data set's default (`PRESETS`), the learning rate scaled by the method."""
+
+    method: str = option("yopo-5-3", "training method, with its numbers (pgd-10, yopo-5-3) or options (yopo:persist)")
+    dataset: str = option("digits", "data set")
+    data_dir: str = option("data", "folder that holds or receives data sets")
+    download: bool = option(False, "download the data set if it is not in the folder")
+    model: str | None = option(None, "model")
+    eps: float | None = option(None, "radius of the ball, in pixel units (pixels in [0, 1]; 8/255 is fine)")
+    norm: Literal["linf", "l2"] = option("linf", "norm of the ball")
+    seed: int = option(0, "seed of weights, batch order and attacks")
+    out: str | None = option(None, "folder for checkpoints and metrics; nothing in it is ever deleted")
+    epochs: int | None = option(None, "passes over the training data")
+    time_budget: float | None = option(None, "seconds of training, instead of epochs")
+    batch_size: int | None = option(None, "samples per weight update and process")
+    lr: float | None = option(None, "highest learning rate")
+    momentum: float = option(0.9, "SGD momentum")
+    weight_decay: float = option(5e-4, "L2 penalty, on every parameter")
+    schedule: Literal["triangular", "cosine", "piecewise", "constant"] = option(
+        "triangular", "learning rate over the run"
+    )
+    milestones: tuple[float, ...] = option((), "piecewise schedule: fractions of the run, comma separated")
+    warmup: float = option(0.0, "fraction of the run over which the learning rate also rises from 0")
+    label_smoothing: float = option(0.0, "label smoothing of the training loss")
+    augment: bool | None = option(None, "random crop and flip")
+    validation_size: int | None = option(None, "training samples held out for validation")
+    validate_every: int = option(1, "epochs between validations")
+    validation_steps: int = option(10, "PGD steps of the validation attack")
+    select: Literal["best", "last"] = option("best", "which checkpoint is the result: best on validation, or last")
+    precision: Precision = option("32-true", "arithmetic of the passes")
+    accelerator: str = option("auto", "cpu, cuda or auto")
+    devices: int = option(1, "processes, one per device")
+
+
+def resolve(config: TrainConfig, method_options: dict[str, Any] | None = None) -> tuple[TrainConfig, Method]:
+    """The configuration with every default filled in, and its method.
+
+    Raises:
+        ValueError, TypeError: naming the field, what it was and what is allowed.
+    """
+    validation.choice("dataset", config.dataset, tuple(PRESETS))
+    preset = PRESETS[config.dataset]
+    method = methods.parse(config.method, **(method_options or {}))
+    defaults: dict[str, Any] = {
+        "model": preset.model,
+        "eps": preset.eps,
+        "epochs": preset.epochs,
+        "batch_size": preset.batch_size,
+        "lr": preset.lr * method.lr_scale,
+        "augment": preset.augment,
+    }
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    config = dataclasses.replace(config, method=method.spec, **missing)
+    check(config)
+    return config, method
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse values that no run could use."""
+    for name, low in (("epochs", 1), ("batch_size", 1), ("validate_every", 1), ("validation_steps", 1), ("devices", 1)):
+        validation.integer(name, getattr(config, name), low)
+    validation.integer("seed", config.seed, 0)
+    if config.validation_size is not None:
+        validation.integer("validation_size", config.validation_size, 1)
+    threat_model(config)
+    for name, lowest, limit in (
+        ("lr", 0.0, float("inf")),
+        ("momentum", 0.0, 1.0),
+        ("weight_decay", 0.0, float("inf")),
+        ("label_smoothing", 0.0, 1.0),
+    ):
+        value = getattr(config, name)
+        if not lowest <= value < limit:
+            raise ValueError(f"{name} must be in [{lowest:g}, {limit:g}); got {value}")
+    if config.time_budget is not None and config.time_budget <= 0:
+        raise ValueError(f"time_budget must be > 0 seconds; got {config.time_budget}")
+    make_schedule(config.schedule, config.milestones, config.warmup)
+
+
+def threat_model(config: TrainConfig) -> ThreatModel:
+    """The threat model of a resolved configuration."""
+    assert config.eps is not None
+    validation.threat_model(config.eps, 0.0, (0.0, 1.0), config.norm, channels=1)
+    return ThreatModel(config.eps, config.norm)
+
+
+@dataclass
+class EvaluateConfig:
+    """Attacks on a trained model."""
+
+    checkpoint: str = option("", "best.pt or last.pt of a run")
+    attacks: tuple[str, ...] = option(
+        ("pgd-20",), "attacks, comma separated: pgd-STEPS[-RESTARTS], cw-STEPS[-RESTARTS]"
+    )
+    split: Literal["test", "validation"] = option("test", "which split to attack")
+    samples: int | None = option(None, "only the first so many samples")
+    seed: int = option(0, "seed of the attacks' random starts")
+    data_dir: str | None = option(None, "folder of the data set, if not the one used in training")
+    accelerator: str = option("auto", "cpu, cuda or auto")
+    out: str | None = option(None, "JSON file for the result")
+
+
+@dataclass
+class CompareConfig:
+    """Several methods trained and tested alike."""
+
+    methods: tuple[str, ...] = option(
+        ("natural", "pgd-10", "pgd-6", "yopo-5-3"), "methods, comma separated, written as for train --method"
+    )
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds, comma separated: each method is trained once with each")
+    test_attacks: tuple[str, ...] = option(
+        ("pgd-20",), "attacks on the test split, comma separated: pgd-STEPS[-RESTARTS]"
+    )
+    train: TrainConfig = field(default_factory=TrainConfig)

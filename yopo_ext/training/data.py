@@ -1,0 +1,180 @@
+"""Data sets as uint8 tensors, their fixed splits, and the batches a training epoch is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from yopo_ext.training.augment import Augmentation, Placement
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images kept as bytes; `x = images * scale` lies in [0, 1]."""
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor  # int64 [N]
+    scale: float
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Split:
+        return Split(self.images.to(device), self.labels.to(device), self.scale)
+
+    def x(self, index: Tensor | slice = slice(None)) -> Tensor:
+        """float32 pixels [B, C, H, W] in [0, 1]."""
+        return self.images[index].to(torch.float32) * self.scale
+
+    def subset(self, index: Tensor) -> Split:
+        return Split(self.images[index], self.labels[index], self.scale)
+
+    def first(self, count: int | None) -> Split:
+        """The first `count` samples; None: all."""
+        return self if count is None else self.subset(torch.arange(min(count, len(self)), device=self.labels.device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three disjoint splits: weights come from `train`, choices from `validation`, reported numbers from `test`."""
+
+    name: str
+    classes: int
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        c, h, w = self.train.images.shape[1:]
+        return c, h, w
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch on the run's device."""
+
+    x: Tensor  # float32 [B, C, H, W] in [0, 1], augmented
+    y: Tensor  # int64 [B]
+    index: Tensor  # int64 [B], position in the training split
+    placement: Placement | None  # how each image was augmented; None: not at all
+
+
+class KeptPerturbations:
+    """One perturbation per training sample, kept across epochs in the frame of the unaugmented image."""
+
+    def __init__(self, perturbations: Tensor) -> None:
+        self.perturbations = perturbations  # [N, C, H, W]
+
+    def get(self, batch: Batch) -> Tensor:
+        """The batch's perturbations [B, C, H, W], moved as its images were; zero where an image was padded."""
+        kept = self.perturbations[batch.index]
+        return kept if batch.placement is None else batch.placement.apply(kept)
+
+    def put(self, batch: Batch, perturbation: Tensor) -> None:
+        """Keep these perturbations; what an augmentation moved out of sight stays as it was."""
+        if batch.placement is not None:
+            perturbation = batch.placement.undo(perturbation, self.perturbations[batch.index])
+        self.perturbations[batch.index] = perturbation
+
+
+class Source(Protocol):
+    """Where training batches come from."""
+
+    batches: int  # per epoch and process
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of this epoch from position `start` on: the same ones whenever they are asked for."""
+
+
+class TensorSource:
+    """Batches gathered from a split that lives on the run's device.
+
+    Each process owns every `world`-th sample and shuffles its own share, so that kept perturbations need no exchange.
+    The last, smaller batch of an epoch is left out: every update averages over the same number of samples.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int,
+        augmentation: Augmentation | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        share = len(split) // world
+        if not 1 <= batch_size <= share:
+            raise ValueError(
+                f"batch_size must be between 1 and the {share} training samples per process; got {batch_size}"
+            )
+        self.split, self.batch_size, self.seed, self.augmentation = split, batch_size, seed, augmentation
+        self.share = torch.arange(rank, share * world, world)
+        self.rank = rank
+        self.batches = share // batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        device = self.split.labels.device
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.rank, epoch))
+        order = self.share[torch.randperm(len(self.share), generator=generator)].to(device)
+        for b in range(start, self.batches):
+            index = order[b * self.batch_size : (b + 1) * self.batch_size]
+            x, placement = self.split.x(index), None
+            if self.augmentation is not None:
+                generator.manual_seed(mix_seed(self.seed, self.rank, epoch, b))
+                placement = self.augmentation.draw(len(index), generator, device)
+                x = placement.apply(x)
+            yield Batch(x, self.split.labels[index], index, placement)
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed from several integers; nearby inputs give unrelated seeds (splitmix64)."""
+    mask = (1 << 64) - 1
+    state = 0
+    for part in parts:
+        state = (state + part + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+def stratified_split(labels: Tensor, held_out: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(rest, held out) sample indices, sorted; the classes keep their shares. The same split for every run."""
+    from sklearn.model_selection import train_test_split
+
+    rest, out = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=held_out, stratify=labels.numpy(), random_state=seed
+    )
+    return torch.from_numpy(rest).sort().values, torch.from_numpy(out).sort().values
+
+
+def load_digits() -> Dataset:
+    """scikit-learn's 1,797 scanned digits, 8x8, 10 classes: 1,167 / 180 / 450 training, validation, test samples."""
+    from sklearn.datasets import load_digits as load
+
+    images, labels = load(return_X_y=True)
+    split = Split(
+        torch.from_numpy(images).to(torch.uint8).view(-1, 1, 8, 8), torch.from_numpy(labels).to(torch.int64), 1 / 16
+    )
+    rest, test = stratified_split(split.labels, 450)
+    train, validation = stratified_split(split.labels[rest], 180)
+    return Dataset("digits", 10, split.subset(rest[train]), split.subset(rest[validation]), split.subset(test))
+
+
+def load_dataset(name: str, root: Path | None = None, download: bool = False, validation: int | None = None) -> Dataset:
+    """The data set called `name`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name == "digits":
+        return load_digits()
+    raise ValueError(f"dataset must be one of digits; got {name!r}")

@@ -1,0 +1,85 @@
+"""What a run would cost, from a few timed steps: `--dry-run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from yopo_ext.training.config import TrainConfig
+from yopo_ext.training.data import Dataset, Split
+from yopo_ext.training.evaluation import PgdAttack, evaluate, passes
+from yopo_ext.training.methods import ThreatModel
+from yopo_ext.training.trainer import Trainer
+
+PROBED_STEPS = 3
+PROBED_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of training and of evaluation (validation and test), and the highest memory use seen, in MiB."""
+
+    training: float
+    evaluation: float
+    memory: float
+
+    def __str__(self) -> str:
+        return (
+            f"training {duration(self.training)}, evaluation {duration(self.evaluation)}, memory {self.memory:.0f} MiB"
+        )
+
+
+def estimate(config: TrainConfig, dataset: Dataset, test_attacks: Sequence[PgdAttack] = ()) -> Estimate:
+    """Time a few training steps and a small attack, then scale up. Writes no file."""
+    trainer = Trainer(dataclasses.replace(config, out=None), dataset=dataset, shown=False)
+    cuda = trainer.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    batches = iter(trainer.source.epoch(0))
+    elapsed = 0.0
+    probed = min(PROBED_STEPS, trainer.source.batches)
+    for number in range(-1, probed):  # the first one warms up
+        batch = next(batches, None) or next(batches := iter(trainer.source.epoch(0)))
+        started = time.perf_counter()
+        trainer.step(batch, number + 1)
+        if cuda:
+            torch.cuda.synchronize(trainer.device)
+        elapsed += time.perf_counter() - started if number >= 0 else 0.0
+    assert trainer.config.epochs is not None
+    training = trainer.config.time_budget or elapsed / probed * trainer.source.batches * trainer.config.epochs
+
+    per_pass = seconds_per_pass(trainer.network, trainer.dataset.validation, trainer.threat)
+    validations = trainer.config.epochs / trainer.config.validate_every
+    evaluation = per_pass * (
+        validations * len(trainer.dataset.validation) * passes([PgdAttack(trainer.config.validation_steps)])
+        + len(trainer.dataset.test) * passes(test_attacks)
+    )
+    if cuda:
+        memory = torch.cuda.max_memory_allocated(trainer.device) / 2**20
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return Estimate(training, evaluation, memory)
+
+
+def seconds_per_pass(model: nn.Module, split: Split, threat: ThreatModel) -> float:
+    """Seconds that one forward or input gradient of one image takes."""
+    few, attack = split.first(PROBED_SAMPLES), PgdAttack(2)
+    evaluate(model, few, threat, [attack])  # warms up
+    started = time.perf_counter()
+    evaluate(model, few, threat, [attack])
+    return (time.perf_counter() - started) / (len(few) * passes([attack]))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,29 @@
+"""Lightning Fabric, set up for a run."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+from yopo_ext.training.config import TrainConfig
+from yopo_ext.training.vision import import_torchvision
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def make_fabric(config: TrainConfig) -> Fabric:
+    """A launched Fabric for the configuration's accelerator, devices and precision.
+
+    Raises:
+        ModuleNotFoundError: the training extra is not installed.
+    """
+    import_torchvision(required=False)  # Fabric may import it by way of torchmetrics
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from lightning_fabric import Fabric
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
+    fabric.launch()
+    return fabric

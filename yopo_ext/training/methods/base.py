@@ -1,0 +1,123 @@
+"""What a training method is, what it may do, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from yopo_ext.training.data import Batch, KeptPerturbations
+
+BNMode = Literal["eval", "train"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Passes through the network spent on one batch, in units of (forward = input gradient = weight gradient = 1)."""
+
+    forwards: int
+    input_grads: int
+    weight_grads: int
+
+    @property
+    def total(self) -> int:
+        return self.forwards + self.input_grads + self.weight_grads
+
+    def __str__(self) -> str:
+        return f"{self.total} ({self.forwards}f + {self.input_grads}i + {self.weight_grads}w)"
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """Which perturbations are allowed, in pixel units, and how the model wants its pixels normalised."""
+
+    eps: float
+    norm: Literal["linf", "l2"] = "linf"
+    bounds: tuple[float, float] = (0.0, 1.0)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class Learner(Protocol):
+    """The trainer as a method sees it."""
+
+    network: nn.Module  # the bare model: attacks run it, so that no attack is seen by DDP
+    replica: (
+        nn.Module
+    )  # the model whose backward reduces gradients over the processes; `network` if there is one process
+    first_layer: str | None
+    threat: ThreatModel
+    generator: torch.Generator  # seeded afresh for every batch
+    kept: KeptPerturbations | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, classes] of pixels x [B, C, H, W], through `replica`, at the run's precision."""
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The training loss (mean cross-entropy, with label smoothing if configured)."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients (scaled where the precision asks for it)."""
+
+    def update(self) -> None:
+        """One weight update from the accumulated gradients, then zero them."""
+
+    def attack(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """The perturbation `attacks.pgd` finds under the threat model; `options` are pgd's."""
+
+    def autocast(self) -> Any:
+        """The precision context for calling `network` or `replica` directly."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method reports of a batch, detached: the last pass's loss and logits, for the progress display."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field that becomes a command-line option."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to spend passes on a batch. Subclasses are the rows of `methods.METHODS`; their fields are its options."""
+
+    name: ClassVar[str]
+    numbers: ClassVar[tuple[str, ...]] = ()  # options that a name such as "yopo-5-3" sets
+    lr_scale: ClassVar[float] = 1.0  # learning rate relative to the data set's default
+    selects_by: ClassVar[Literal["robust", "clean"]] = "robust"  # validation accuracy that picks the best checkpoint
+
+    def cost(self) -> Cost:
+        """Passes per batch."""
+        raise NotImplementedError
+
+    def train(self, learner: Learner, batch: Batch) -> Outcome:
+        """Spend them, including every weight update."""
+        raise NotImplementedError
+
+    @property
+    def keeps_perturbations(self) -> bool:
+        """Whether `learner.kept` is needed: one perturbation per training sample."""
+        return False
+
+    @property
+    def spec(self) -> str:
+        """The shortest text from which `methods.parse` makes this method again: name-numbers:option=value:..."""
+        parts = ["-".join([self.name, *(str(getattr(self, number)) for number in self.numbers)])]
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name not in self.numbers and value != f.default:
+                parts.append(f"{f.name.replace('_', '-')}={value}")
+        return ":".join(parts)
+
+
+def default_step(step_size: float | None, threat: ThreatModel, fraction: float) -> float:
+    """The given step size, or `fraction` of eps."""
+    return fraction * threat.eps if step_size is None else step_size

@@ -1,0 +1,26 @@
+"""Training without an adversary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from yopo_ext.training.data import Batch
+from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome
+
+
+@dataclass(frozen=True)
+class Natural(Method):
+    name: ClassVar[str] = "natural"
+    # Robust accuracy is near zero throughout: choosing by it would choose the first, untrained epochs.
+    selects_by: ClassVar[Literal["robust", "clean"]] = "clean"
+
+    def cost(self) -> Cost:
+        return Cost(1, 1, 1)
+
+    def train(self, learner: Learner, batch: Batch) -> Outcome:
+        logits = learner.forward(batch.x)
+        loss = learner.loss(logits, batch.y)
+        learner.backward(loss)
+        learner.update()
+        return Outcome(loss.detach(), logits.detach())

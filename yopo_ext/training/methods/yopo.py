@@ -1,0 +1,75 @@
+"""YOPO-m-n (Zhang et al., 2019): m full passes, each followed by n adversary steps inside the first layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import yopo_ext
+from yopo_ext import validation
+from yopo_ext.training.data import Batch
+from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, default_step, option
+
+
+@dataclass(frozen=True)
+class Yopo(Method):
+    name: ClassVar[str] = "yopo"
+    numbers: ClassVar[tuple[str, ...]] = ("outer_steps", "inner_steps")
+
+    outer_steps: int = option(5, "m: full passes per batch")
+    inner_steps: int = option(3, "n: adversary steps in the first layer after each pass")
+    step_size: float | None = option(None, "length of one step, in pixel units (default: eps / 4)")
+    gradient: Literal["paper", "released", "full"] = option("paper", "which gradient the weights get")
+    update_every: Literal["batch", "pass"] = option("batch", "update the weights once per batch or after every pass")
+    train_on: Literal["all", "last"] = option("all", "passes that yield weight gradients")
+    persist: bool = option(False, "keep each sample's perturbation across epochs")
+
+    def __post_init__(self) -> None:
+        validation.integer("outer_steps", self.outer_steps, 1)
+        validation.integer("inner_steps", self.inner_steps, 0)
+        if self.update_every == "pass" and self.train_on == "last":
+            raise ValueError(
+                "train_on must be 'all' with update_every='pass': the other passes yield no weight gradient"
+            )
+
+    def cost(self) -> Cost:
+        m = self.outer_steps
+        return Cost(m, m, m if self.train_on == "all" else 1)
+
+    @property
+    def keeps_perturbations(self) -> bool:
+        return self.persist
+
+    def train(self, learner: Learner, batch: Batch) -> Outcome:
+        threat = learner.threat
+        start = "uniform" if learner.kept is None or not self.persist else learner.kept.get(batch)
+        every_pass = self.update_every == "pass"
+        with learner.autocast():
+            result = yopo_ext.yopo_step(
+                learner.replica,
+                batch.x,
+                batch.y,
+                first_layer=learner.first_layer,
+                loss_fn=learner.loss,
+                outer_steps=self.outer_steps,
+                inner_steps=self.inner_steps,
+                eps=threat.eps,
+                step_size=default_step(self.step_size, threat, 0.25),
+                norm=threat.norm,
+                bounds=threat.bounds,
+                mean=threat.mean,
+                std=threat.std,
+                gradient=self.gradient,
+                # Each pass makes its own update: averaging over the passes would divide each of them by m.
+                reduction="sum" if every_pass else None,
+                train_on=self.train_on,
+                init=start,
+                backward=learner.backward,
+                after_pass=(lambda j: learner.update()) if every_pass else None,
+                generator=learner.generator,
+            )
+        if not every_pass:
+            learner.update()
+        if learner.kept is not None and self.persist:
+            learner.kept.put(batch, result.perturbation)
+        return Outcome(result.loss, result.logits)

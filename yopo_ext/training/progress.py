@@ -1,0 +1,45 @@
+"""What a run says while it runs: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 10.0  # between plain lines
+
+
+class Progress:
+    """Reports the batches and epochs of one run; silent unless `shown` (rank 0)."""
+
+    def __init__(self, title: str, total: int | None, *, shown: bool = True) -> None:
+        self.title, self.shown = title, shown
+        self.said = time.monotonic()
+        terminal = shown and sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=title, unit="batch", leave=False, dynamic_ncols=True) if terminal else None
+
+    def advance(self, batches: int = 1) -> None:
+        if self.bar is not None:
+            self.bar.update(batches)
+
+    def say(self, text: str) -> None:
+        """One line, above the bar if there is one."""
+        if self.shown:
+            line = f"{self.title}: {text}"
+            tqdm.write(line, file=sys.stderr) if self.bar is not None else print(line, file=sys.stderr, flush=True)
+
+    def epoch(self, record: dict[str, Any], last: bool) -> None:
+        """An epoch's record: on the bar, or as a line now and then."""
+        names = ("epoch", "seconds", "train_loss", "validation_clean", "validation_pgd")
+        text = "  ".join(f"{n} {record[n]:.4g}" for n in names if n in record)
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif last or time.monotonic() - self.said > QUIET_SECONDS:
+            self.said = time.monotonic()
+            self.say(text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

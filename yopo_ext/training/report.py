@@ -1,0 +1,131 @@
+"""The comparison's table and plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REFERENCE = "pgd-10"  # times and costs are also given relative to this method, where it is in the table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method over all seeds; accuracies in percent."""
+
+    method: str
+    clean: list[float]
+    robust: dict[str, list[float]]  # by attack
+    seconds: list[float]
+    images_per_second: list[float]
+    cost: dict[str, int]
+    seeds: list[int]
+    curves: list[list[tuple[float, float]]]  # (training seconds, validation PGD accuracy), one curve per seed
+
+    @classmethod
+    def of(cls, records: Sequence[dict[str, Any]]) -> Row:
+        """From the records of one method's runs."""
+        return cls(
+            method=records[0]["method"],
+            clean=[r["clean"] for r in records],
+            robust={attack: [r["robust"][attack] for r in records] for attack in records[0]["robust"]},
+            seconds=[r["seconds"] for r in records],
+            images_per_second=[r["images_per_second"] for r in records],
+            cost=records[0]["cost"],
+            seeds=[r["seed"] for r in records],
+            curves=[r["curve"] for r in records],
+        )
+
+    def as_dict(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """JSON-ready, with the means the table shows."""
+        reference = _reference(rows)
+        return {
+            "method": self.method,
+            "seeds": self.seeds,
+            "clean": {"mean": statistics.fmean(self.clean), "per_seed": self.clean},
+            "robust": {a: {"mean": statistics.fmean(v), "per_seed": v} for a, v in self.robust.items()},
+            "seconds": {"mean": statistics.fmean(self.seconds), "per_seed": self.seconds},
+            "images_per_second": statistics.fmean(self.images_per_second),
+            "cost": self.cost,
+            "time_ratio": None if reference is None else _ratio(self.seconds, reference.seconds),
+            "cost_ratio": None if reference is None else self.cost["total"] / reference.cost["total"],
+        }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text: accuracies (mean and standard deviation over seeds), training time, cost in units."""
+    reference = _reference(rows)
+    attacks = list(rows[0].robust)
+    head = ["method", "clean %", *(f"{a.upper()} %" for a in attacks), "seconds", "images/s", "units = f + i + w"]
+    if reference is not None:
+        head += [f"time / {REFERENCE}", f"units / {REFERENCE}"]
+    lines = [head]
+    for row in rows:
+        cost = row.cost
+        line = [
+            row.method,
+            _mean_and_spread(row.clean),
+            *(_mean_and_spread(row.robust[a]) for a in attacks),
+            f"{statistics.fmean(row.seconds):.1f}",
+            f"{statistics.fmean(row.images_per_second):.0f}",
+            f"{cost['total']} = {cost['forwards']} + {cost['input_grads']} + {cost['weight_grads']}",
+        ]
+        if reference is not None:
+            line.append(f"{_ratio(row.seconds, reference.seconds):.2f}")
+            line.append(f"{cost['total'] / reference.cost['total']:.2f}")
+        lines.append(line)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    text.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(text)
+
+
+def save_plot(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Robust accuracy against training time: the validation curves, and each method's test result as a point."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axes = figure.subplots()
+    attack = next(iter(rows[0].robust))
+    for number, row in enumerate(rows):
+        colour = f"C{number % 10}"
+        for curve in row.curves:
+            if curve:
+                axes.plot(*zip(*curve, strict=True), color=colour, alpha=0.3, linewidth=1)
+        robust = row.robust[attack]
+        axes.errorbar(
+            statistics.fmean(row.seconds),
+            statistics.fmean(robust),
+            yerr=statistics.stdev(robust) if len(robust) > 1 else None,
+            marker="o",
+            markersize=8,
+            capsize=4,
+            linestyle="",
+            color=colour,
+            label=row.method,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("training time, seconds (without evaluation)")
+    axes.set_ylabel("robust accuracy, %")
+    axes.set_title(f"{title}: test {attack.upper()} (points), validation PGD (lines)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _reference(rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if row.method == REFERENCE), None)
+
+
+def _ratio(values: Sequence[float], reference: Sequence[float]) -> float:
+    return statistics.fmean(values) / statistics.fmean(reference)
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"

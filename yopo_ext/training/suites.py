@@ -1,0 +1,81 @@
+"""Testing a checkpoint: which attacks, on what, and the report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from yopo_ext import validation
+from yopo_ext.training.checkpoint import load_checkpoint, write_json
+from yopo_ext.training.config import EvaluateConfig, TrainConfig, threat_model
+from yopo_ext.training.data import load_dataset
+from yopo_ext.training.environment import environment
+from yopo_ext.training.estimate import duration, seconds_per_pass
+from yopo_ext.training.evaluation import evaluate, parse_attack, passes
+from yopo_ext.training.models import build_model
+
+
+class CheckpointTest:
+    """The model of a checkpoint, the split and the attacks to run on it."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        """
+        Raises:
+            FileNotFoundError, ValueError, TypeError: there is no such checkpoint, split or attack.
+        """
+        self.config = config
+        self.attacks = [parse_attack(a) for a in config.attacks]
+        validation.choice("split", config.split, ("test", "validation"))
+        validation.integer("seed", config.seed, 0)
+        if config.samples is not None:
+            validation.integer("samples", config.samples, 1)
+        self.device = torch.device("cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+        state = load_checkpoint(Path(config.checkpoint))
+        self.trained = TrainConfig(**state["config"])
+        self.threat = threat_model(self.trained)
+        dataset = load_dataset(self.trained.dataset)
+        split = dataset.test if config.split == "test" else dataset.validation
+        self.split = split.first(config.samples).to(self.device)
+        assert self.trained.model is not None
+        self.model, _ = build_model(self.trained.model, dataset.shape[0], dataset.classes)
+        self.model.load_state_dict(state["model"])
+        self.model.to(self.device).eval()
+
+    def describe(self) -> str:
+        """What would be run, and for how long."""
+        seconds = seconds_per_pass(self.model, self.split, self.threat) * passes(self.attacks) * len(self.split)
+        names = ", ".join(("clean", *(a.name for a in self.attacks)))
+        return f"{self._what()}: {names}; about {duration(seconds)}"
+
+    def run(self) -> str:
+        """Attack; returns the report as text and writes it as JSON if the configuration names a file."""
+        started = time.perf_counter()
+        found = evaluate(self.model, self.split, self.threat, self.attacks, seed=self.config.seed)
+        seconds = time.perf_counter() - started
+        report: dict[str, Any] = {
+            "checkpoint": self.config.checkpoint,
+            "method": self.trained.method,
+            "dataset": self.trained.dataset,
+            "model": self.trained.model,
+            "eps": self.trained.eps,
+            "norm": self.trained.norm,
+            "split": self.config.split,
+            "seed": self.config.seed,
+            **found.as_dict(),
+            "seconds": seconds,
+            "environment": environment(self.device),
+        }
+        if self.config.out is not None:
+            write_json(Path(self.config.out), report)
+        accuracies = {"clean": found.clean, **found.robust, "worst case": found.worst}
+        lines = [f"  {name:<12} {value:6.2f} %" for name, value in accuracies.items()]
+        return "\n".join([self._what(), *lines])
+
+    def _what(self) -> str:
+        t = self.trained
+        return (
+            f"{t.method} on {t.dataset}, {t.model}, {t.norm} {t.eps:.4g}, {len(self.split)} {self.config.split} samples"
+        )
