@@ -102,7 +102,6 @@ struct Warp {
   int operation = 0;
   int generation = 0;
   alignas(16) char slots[2][kWarp][kSlotBytes];
-  char barrier;  // an address for ThreadSanitizer
 };
 
 struct Machine {
@@ -113,7 +112,9 @@ struct Machine {
   Context scheduler;
   void* scheduler_tsan = nullptr;
   int current = -1, threads = 0, block = 0, blocks = 0, at_barrier = 0;
-  char barrier = 0, begin = 0, end = 0;  // addresses for ThreadSanitizer
+  int barrier_generation = 0;
+  char begin = 0, end = 0;  // addresses for ThreadSanitizer, like the next
+  char barriers[2] = {};    // two, lest a waking thread acquire what others release at the barrier after
   std::unique_ptr<char[]> memory;
   char* shared = nullptr;
   void (*body)(void*) = nullptr;
@@ -142,12 +143,6 @@ void to_scheduler() {
   Machine& m = machine();
   if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(m.scheduler_tsan, kTsanNoSync);
   switch_context(m.fibers[m.current].context, m.scheduler);
-}
-
-void fail(const std::string& message) {
-  Machine& m = machine();
-  m.error = message;
-  to_scheduler();  // never to return
 }
 
 void fiber_entry() {
@@ -183,6 +178,7 @@ void run_block(int threads) {
     prepare_context(f.context, f.stack, kStackBytes, fiber_entry);
     f.state = State::kReady;
   }
+  m.barrier_generation = 0;
   for (auto& w : m.warps) w->arrived = w->generation = 0;
   std::vector<int> order(threads);
   for (int i = 0; i < threads; ++i) order[i] = m.schedule == Schedule::kReverse ? threads - 1 - i : i;
@@ -249,6 +245,12 @@ void run_grid(int blocks, int threads, size_t shared_bytes, void (*body)(void*),
   }
 }
 
+void fail(const char* message) {
+  machine().error = message;
+  to_scheduler();
+  __builtin_unreachable();
+}
+
 int thread_index() { return machine().current; }
 int block_threads() { return machine().threads; }
 int block_index() { return machine().block; }
@@ -257,15 +259,17 @@ char* shared_memory() { return machine().shared; }
 
 void block_barrier() {
   Machine& m = machine();
-  release(&m.barrier);
+  char* barrier = &m.barriers[m.barrier_generation];
+  release(barrier);
   if (++m.at_barrier == m.threads) {
     m.at_barrier = 0;
+    m.barrier_generation ^= 1;
     for (int i = 0; i < m.threads; ++i) m.fibers[i].state = State::kReady;
   } else {
     m.fibers[m.current].state = State::kAtBarrier;
     to_scheduler();
   }
-  acquire(&m.barrier);
+  acquire(barrier);
 }
 
 const char* warp_exchange(int operation, const void* bytes_in, int bytes) {
@@ -273,8 +277,8 @@ const char* warp_exchange(int operation, const void* bytes_in, int bytes) {
   const int warp = m.current / kWarp, lane = m.current % kWarp;
   Warp& w = *m.warps[warp];
   if (w.arrived > 0 && w.operation != operation)
-    fail("the lanes of warp " + std::to_string(warp) + " diverge: lane " + std::to_string(lane) + " reached collective " +
-         std::to_string(operation) + ", others collective " + std::to_string(w.operation));
+    fail(("the lanes of warp " + std::to_string(warp) + " diverge: lane " + std::to_string(lane) + " reached collective " +
+         std::to_string(operation) + ", others collective " + std::to_string(w.operation)).c_str());
   w.operation = operation;
   const int generation = w.generation;
   copy_plain(w.slots[generation][lane], static_cast<const char*>(bytes_in), bytes);
@@ -287,14 +291,6 @@ const char* warp_exchange(int operation, const void* bytes_in, int bytes) {
     to_scheduler();
   }
   return &w.slots[generation][0][0];
-}
-
-void warp_barrier() {
-  Machine& m = machine();
-  Warp& w = *m.warps[m.current / kWarp];
-  release(&w.barrier);
-  warp_exchange(0, nullptr, 0);
-  acquire(&w.barrier);
 }
 
 }  // namespace yopo::emulation

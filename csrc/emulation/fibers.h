@@ -30,8 +30,9 @@ int block_index();
 int grid_blocks();
 char* shared_memory();
 
+[[noreturn]] void fail(const char* message);  // called by a fibre: ends the grid, run_grid throws
+
 void block_barrier();
-void warp_barrier();
 
 // Every lane of the warp hands in `bytes` (at most 64) and gets everybody's, 64 bytes a lane. `operation` must agree.
 const char* warp_exchange(int operation, const void* bytes_in, int bytes);

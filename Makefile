@@ -1,0 +1,39 @@
+# make demo   environment, build, and the comparison of natural, PGD and YOPO training on real digits
+# make test   environment, build, all tests
+# make lint | bench | clean
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc yopo_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name 'CMakeLists.txt' -o -name '*.in')
+THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint bench clean env build
+
+env: $(VENV)/.environment
+build: $(VENV)/.build
+
+# CXX and friends are read by CMake; torch goes in first because the native build takes its headers.
+$(VENV)/.environment: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0 setuptools wheel cmake ninja
+	$(BIN)/python scripts/requirements.py train dev > $(VENV)/requirements.txt
+	$(PIP) -r $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/.build: $(VENV)/.environment CMakeLists.txt setup.py $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+demo: $(VENV)/.build
+	$(BIN)/yopo-ext compare --out runs/demo
+
+test: $(VENV)/.build
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.environment
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+clean:
+	rm -rf build dist *.egg-info yopo_ext/lib

@@ -1,0 +1,245 @@
+// The general kernel: any convolution geometry, activation, dtype, layout and norm, one image per block at a time.
+//
+// Nothing is staged in shared memory, so nothing is too large for it: q = p * act'(z) and (for L2) g live in the
+// workspace, eta in its output. It is what the fast variants are tested against, and what runs where none of them fits.
+#pragma once
+
+#include <cmath>
+
+#include "core/projection.h"
+#include "cuda/any_activation.h"
+#include "cuda/args.h"
+#include "cuda/block_reduce.h"
+#include "cuda/costate.h"
+
+namespace yopo::cuda {
+
+constexpr int kGeneralThreads = 256;
+constexpr int kGeneralSharedBytes = kGeneralThreads / 32 * int(sizeof(double));
+
+// One image as the block sees it: sizes as ints, memory through strides.
+template <class T>
+struct GeneralImage {
+  const UpdateArgs& args;
+  const Params& p;
+  int64_t image;
+  int H, W, OH, OW, R, S, C, K, group_channels, group_kernels;
+  T* q;  // of this block
+  T* g;
+  bool clamp_input;  // u = clamp(x + eta, lo, hi) while eta moves; the results are taken at x + eta as it is
+
+  YOPO_DEVICE GeneralImage(const UpdateArgs& a)
+      : args(a), p(a.params), image(0), H(int(p.height)), W(int(p.width)), OH(int(p.out_height)), OW(int(p.out_width)),
+        R(int(p.rows)), S(int(p.cols)), C(int(p.channels)), K(int(p.kernels)), group_channels(int(p.channels / p.groups)),
+        group_kernels(int(p.kernels / p.groups)),
+        q(a.costate_scratch ? static_cast<T*>(a.costate_scratch) + block() * p.kernels * OH * OW : nullptr),
+        g(a.gradient_scratch ? static_cast<T*>(a.gradient_scratch) + block() * p.channels * H * W : nullptr),
+        clamp_input(true) {}
+
+  YOPO_DEVICE int64_t at(const int64_t (&strides)[4], int c, int y, int x) const {
+    return image * strides[0] + c * strides[1] + y * strides[2] + x * strides[3];
+  }
+  YOPO_DEVICE T x_at(int c, int y, int x) const { return static_cast<const T*>(p.x)[at(p.x_strides, c, y, x)]; }
+  YOPO_DEVICE T eta_in(int c, int y, int x) const { return static_cast<const T*>(p.eta)[at(p.eta_strides, c, y, x)]; }
+  YOPO_DEVICE T& eta(int c, int y, int x) const { return static_cast<T*>(p.eta_out)[at(p.eta_out_strides, c, y, x)]; }
+  YOPO_DEVICE T parameter(const void* values, int i) const { return static_cast<const T*>(values)[i]; }
+  YOPO_DEVICE T weight(int k, int c, int r, int s) const {
+    return static_cast<const T*>(p.weight)[((int64_t(k) * group_channels + c) * R + r) * S + s];
+  }
+  YOPO_DEVICE T costate(int k, int oy, int ox) const {
+    return load_as<T>(p.costate, p.costate_dtype, at(p.costate_strides, k, oy, ox));
+  }
+  YOPO_DEVICE T q_at(int k, int oy, int ox) const {  // affine: q is p
+    return p.affine() ? costate(k, oy, ox) : q[(int64_t(k) * OH + oy) * OW + ox];
+  }
+  YOPO_DEVICE Interval<T> interval(int c, int y, int x, T eps) const {
+    return admissible_interval(x_at(c, y, x), eps, args.constants.get<T>(kLo, c), args.constants.get<T>(kHi, c));
+  }
+
+  // The normalised input; zero outside the image.
+  YOPO_DEVICE T u(int c, int y, int x) const {
+    if (y < 0 || y >= H || x < 0 || x >= W) return T(0);
+    T v = x_at(c, y, x) + eta(c, y, x);
+    if (clamp_input) v = clamp(v, args.constants.get<T>(kLo, c), args.constants.get<T>(kHi, c));
+    if (args.constants.present(kMean)) v = (v - args.constants.get<T>(kMean, c)) / args.constants.get<T>(kStd, c);
+    return v;
+  }
+
+  // scale * conv2d(u) + shift
+  YOPO_DEVICE T preactivation(int k, int oy, int ox) const {
+    const int first = k / group_kernels * group_channels;
+    T z = T(0);
+    for (int c = 0; c < group_channels; ++c)
+      for (int r = 0; r < R; ++r)
+        for (int s = 0; s < S; ++s)
+          z += weight(k, c, r, s) * u(first + c, int(oy * p.stride[0] - p.padding[0] + r * p.dilation[0]),
+                                      int(ox * p.stride[1] - p.padding[1] + s * p.dilation[1]));
+    if (p.bias) z += parameter(p.bias, k);
+    if (p.scale) z *= parameter(p.scale, k);
+    if (p.shift) z += parameter(p.shift, k);
+    return z;
+  }
+
+  // d<p, f0(u)> / du at one element.
+  YOPO_DEVICE T gradient(int c, int y, int x) const {
+    const int group = c / group_channels;
+    T sum = T(0);
+    for (int k = group * group_kernels; k < (group + 1) * group_kernels; ++k) {
+      T part = T(0);
+      for (int r = 0; r < R; ++r) {
+        const int ty = int(y + p.padding[0] - r * p.dilation[0]), oy = ty / int(p.stride[0]);
+        if (ty < 0 || oy * p.stride[0] != ty || oy >= OH) continue;
+        for (int s = 0; s < S; ++s) {
+          const int tx = int(x + p.padding[1] - s * p.dilation[1]), ox = tx / int(p.stride[1]);
+          if (tx < 0 || ox * p.stride[1] != tx || ox >= OW) continue;
+          part += q_at(k, oy, ox) * weight(k, c - group * group_channels, r, s);
+        }
+      }
+      sum += p.scale ? part * parameter(p.scale, k) : part;
+    }
+    return args.constants.present(kStd) ? sum / args.constants.get<T>(kStd, c) : sum;
+  }
+
+  // f(c, y, x) for every element of the input; a thread meets the same elements every time.
+  template <class F>
+  YOPO_DEVICE void for_inputs(F&& f) const {
+    const int64_t count = int64_t(C) * H * W;
+    for (int64_t i = tid(); i < count; i += size()) f(int(i / (int64_t(H) * W)), int(i / W % H), int(i % W), i);
+  }
+  template <class F>
+  YOPO_DEVICE void for_outputs(F&& f) const {
+    const int64_t count = int64_t(K) * OH * OW;
+    for (int64_t i = tid(); i < count; i += size()) f(int(i / (int64_t(OH) * OW)), int(i / OW % OH), int(i % OW), i);
+  }
+
+  // q = p * act'(z), everywhere; optionally y = act(z)
+  YOPO_DEVICE void run_forward(bool want_q, bool want_output) const {
+    for_outputs([&](int k, int oy, int ox, int64_t i) {
+      const T z = preactivation(k, oy, ox), slope = T(p.negative_slope);
+      if (want_output)
+        store_as<T>(p.output, p.costate_dtype, at(p.output_strides, k, oy, ox), activation_value(p.activation, z, slope));
+      if (want_q) q[i] = costate(k, oy, ox) * activation_slope(p.activation, z, slope);
+    });
+  }
+
+  // One L-inf step, or for an affine f0 all of them.
+  YOPO_DEVICE void step_linf(bool first, long steps) const {
+    for_inputs([&](int c, int y, int x, int64_t) {
+      const T sigma = args.constants.get<T>(kStepSize, c);
+      const Interval<T> i = interval(c, y, x, args.constants.get<T>(kEps, c));
+      const T grad = gradient(c, y, x), old = eta(c, y, x);
+      if (p.affine())
+        eta(c, y, x) = linf_steps(old, grad, i, sigma, steps);
+      else
+        eta(c, y, x) = project(old + signed_step(first ? masked(grad, old, i.lower, i.upper) : grad, sigma), i.a, i.b);
+    });
+  }
+
+  // The largest magnitude of value(i), and the norm divided by it: neither overflows for any scale.
+  template <class F>
+  YOPO_DEVICE void scaled_norm(F&& value, T* scratch, T& largest, T& scaled) const {
+    T mine = T(0);
+    for_inputs([&](int c, int y, int x, int64_t i) { mine = Largest::combine(std::abs(value(c, y, x, i)), mine); });
+    largest = block_reduce<Largest>(mine, scratch);
+    const T divisor = largest > T(0) ? largest : T(1);
+    T sum = T(0);
+    for_inputs([&](int c, int y, int x, int64_t i) {
+      const T v = value(c, y, x, i) / divisor;
+      sum += v * v;
+    });
+    scaled = std::sqrt(block_reduce<Sum>(sum, scratch));
+  }
+
+  // One L2 step along the gradient in g. Only the owner of an element touches it, so no barrier is needed in between.
+  YOPO_DEVICE void step_l2(bool first, T* scratch) const {
+    auto direction = [&](int c, int y, int x, int64_t i) {
+      const Interval<T> box = interval(c, y, x, T(INFINITY));
+      return first ? masked(g[i], eta_before(c, y, x), box.lower, box.upper) : g[i];
+    };
+    T largest, scaled;
+    scaled_norm(direction, scratch, largest, scaled);
+    const bool usable = largest > T(0) && largest - largest == T(0);
+    for_inputs([&](int c, int y, int x, int64_t i) {
+      const T unit = usable ? direction(c, y, x, i) / largest / scaled : T(0);
+      const T moved = eta(c, y, x) + args.constants.get<T>(kStepSize, c) * unit;
+      eta(c, y, x) = moved == moved ? moved : T(0);
+    });
+    auto moved = [&](int c, int y, int x, int64_t) { return eta(c, y, x); };
+    scaled_norm(moved, scratch, largest, scaled);
+    for_inputs([&](int c, int y, int x, int64_t) {
+      const T eps = args.constants.get<T>(kEps, c), norm = largest * scaled;
+      const Interval<T> box = interval(c, y, x, T(INFINITY));
+      const T shrunk = eta(c, y, x) * (norm > eps ? eps / norm : T(1));
+      const T above = shrunk > box.lower ? shrunk : box.lower;
+      eta(c, y, x) = above < box.upper ? above : box.upper;
+    });
+  }
+  YOPO_DEVICE T eta_before(int c, int y, int x) const { return eta_in(c, y, x); }
+
+  // D += sum q * u and sum q, one entry per thread; rows are summed apart, for accuracy.
+  YOPO_DEVICE void add_partial_sums(bool first_image) const {
+    const int columns = args.partial.columns;
+    T* partial = static_cast<T*>(args.partial.data) + block() * int64_t(K) * (columns + 1);
+    for (int64_t i = tid(); i < int64_t(K) * (columns + 1); i += size()) {
+      const int k = int(i / (columns + 1)), column = int(i % (columns + 1));
+      const int c = column / (R * S), r = column / S % R, s = column % S;
+      const int input = k / group_kernels * group_channels + c;
+      T sum = first_image ? T(0) : partial[i];
+      for (int oy = 0; oy < OH; ++oy) {
+        T row = T(0);
+        for (int ox = 0; ox < OW; ++ox) {
+          const T value = q_at(k, oy, ox);
+          row += column == columns ? value
+                                   : value * u(input, int(oy * p.stride[0] - p.padding[0] + r * p.dilation[0]),
+                                               int(ox * p.stride[1] - p.padding[1] + s * p.dilation[1]));
+        }
+        sum += row;
+      }
+      partial[i] = sum;
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kGeneralThreads) general_kernel(const __grid_constant__ UpdateArgs args) {
+  T* scratch = reinterpret_cast<T*>(shared_memory());
+  GeneralImage<T> image(args);
+  const Params& p = args.params;
+  for (int64_t b = block(); b < p.batch; b += blocks()) {
+    image.image = b;
+    image.clamp_input = true;
+    // 1) eta' starts as eta
+    image.for_inputs([&](int c, int y, int x, int64_t) { image.eta(c, y, x) = image.eta_in(c, y, x); });
+    sync<3>();
+    // 2) the inner steps
+    if (p.norm == Norm::kLinf && p.affine()) {
+      image.step_linf(true, long(p.steps));
+      sync<6>();  // eta' is complete
+    } else {
+      for (int64_t step = 0; step < p.steps; ++step) {
+        if (!p.affine()) {
+          image.run_forward(true, false);
+          sync<4>();  // q is complete
+        }
+        if (p.norm == Norm::kLinf) {
+          image.step_linf(step == 0, 1);
+        } else {
+          if (step == 0 || !p.affine())
+            image.for_inputs([&](int c, int y, int x, int64_t i) { image.g[i] = image.gradient(c, y, x); });
+          image.step_l2(step == 0, scratch);
+        }
+        sync<5>();  // eta' is complete, q may be overwritten
+      }
+    }
+    // 3) the output and q at eta'
+    image.clamp_input = false;
+    const bool want_sums = args.partial.data != nullptr, want_q = want_sums && !p.affine();
+    if (p.output != nullptr || want_q) image.run_forward(want_q, p.output != nullptr);
+    sync<7>();
+    // 4) sums for the weight gradients
+    if (want_sums) image.add_partial_sums(b == block());
+    sync<8>();  // q may be overwritten
+  }
+}
+
+}  // namespace yopo::cuda
