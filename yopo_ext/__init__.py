@@ -2,11 +2,14 @@
 
 from ._version import __version__
 from .functional import FirstLayerUpdate, adversary_steps, explain, first_layer_update
+from .step import StepResult, yopo_step
 
 __all__ = [
     "FirstLayerUpdate",
+    "StepResult",
     "__version__",
     "adversary_steps",
     "explain",
     "first_layer_update",
+    "yopo_step",
 ]

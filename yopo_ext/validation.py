@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .constants import ACTIVATIONS, NORMS
 
@@ -117,3 +117,110 @@ def floating(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> Tensor
 def activation(name: str) -> int:
     """The code of an activation."""
     return ACTIVATIONS[choice("activation", name, ACTIVATIONS)]
+
+
+def images(x: object) -> Tensor:
+    """x as a batch of float images [B, C, H, W], detached."""
+    return floating("x", tensor("x", x, (None,) * 4), X_DTYPES).detach()
+
+
+def values_wanted(validate: bool | None, x: Tensor, first_call: bool) -> bool:
+    """Whether to look at values, which waits for a GPU: by default on CPU always, elsewhere on the first call only."""
+    if validate is not None:
+        if not isinstance(validate, bool):
+            raise TypeError(f"validate must be True, False or None; got {validate!r}")
+        return validate
+    if x.device.type == "cpu":
+        return True
+    if torch.compiler.is_compiling() or (x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return False
+    return first_call
+
+
+def image_values(x: Tensor, lo: list[float], hi: list[float]) -> None:
+    """Every pixel is finite and inside the bounds, with a tolerance of 1e-6 for rounding."""
+    if x.numel() == 0:
+        return
+    dims = (0, 2, 3)
+    lowest, highest = x.amin(dims).tolist(), x.amax(dims).tolist()
+    if not all(map(math.isfinite, lowest + highest)):
+        raise ValueError("x must be finite; got NaN or infinite values")
+    channels = len(lowest)
+    low, high = lo * (channels // len(lo)), hi * (channels // len(hi))
+    if any(v < b - 1e-6 for v, b in zip(lowest, low, strict=True)) or any(
+        v > b + 1e-6 for v, b in zip(highest, high, strict=True)
+    ):
+        raise ValueError(
+            f"x must lie in bounds, ({min(low):g}, {max(high):g}); got values from {min(lowest):g} to {max(highest):g}: scale the "
+            f"images, or give the bounds they have"
+        )
+
+
+def class_labels(y: object, x: Tensor) -> None:
+    """y as cross-entropy takes it: int64 class indices [B, ...], or probabilities [B, classes, ...]; reads no values."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a torch.Tensor; got {type(y).__name__}")
+    if y.device != x.device:
+        raise ValueError(f"y must be on x's device ({x.device}); got {y.device}")
+    if y.dtype.is_floating_point:
+        if y.dim() < 2 or len(y) != len(x):
+            raise ValueError(f"y must have shape [{len(x)}, classes] when it holds probabilities; got {list(y.shape)}")
+    elif y.dtype != torch.int64:
+        raise TypeError(f"y must be int64 class labels (or float probabilities); got {str(y.dtype).removeprefix('torch.')}")
+    elif y.dim() < 1 or len(y) != len(x):
+        raise ValueError(f"y must have shape [{len(x)}], one label per image of x; got {list(y.shape)}")
+
+
+def label_values(y: Tensor, classes: int, ignore_index: int) -> None:
+    """Every label is a class of the model, or the one that cross-entropy ignores."""
+    if y.dtype != torch.int64 or y.numel() == 0:
+        return
+    wrong = ((y < 0) | (y >= classes)) & (y != ignore_index)
+    if bool(wrong.any()):
+        raise ValueError(f"y must hold labels in [0, {classes - 1}]; got {int(y[wrong][0])}")
+
+
+def perturbation(init: object, x: Tensor) -> str | Tensor:
+    """`init` as "uniform", "zero" or a perturbation of x's shape, dtype and device."""
+    if isinstance(init, Tensor):
+        return floating("init", tensor("init", init, tuple(x.shape), like=x), (x.dtype,)).detach()
+    return choice("init", init, ("uniform", "zero"))
+
+
+def normalisation(mean: Constants | None, std: Constants | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of the same length, 1 or `channels`; empty where both are None."""
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std must be given together; got only one of them")
+    if mean is None or std is None:
+        return (), ()
+    means, stds = constants("mean", mean, channels), constants("std", std, channels)
+    if min(stds) <= 0:
+        raise ValueError(f"std must be > 0; got {min(stds)}")
+    width = max(len(means), len(stds))
+    return tuple(means * (width // len(means))), tuple(stds * (width // len(stds)))
+
+
+def model(value: object) -> nn.Module:
+    """A module that a step can run."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(value).__name__}")
+    if isinstance(value, nn.DataParallel):
+        raise TypeError("model must not be a DataParallel; use DistributedDataParallel")
+    return value
+
+
+def same_device(name: str, x: Tensor, module: nn.Module) -> None:
+    """x on the device of the module's first parameter."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None and parameter.device != x.device:
+        raise ValueError(f"{name} must be on the model's device ({parameter.device}); got {x.device}")
+
+
+def generator(value: object, x: Tensor) -> None:
+    """None or a torch.Generator of x's device."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None; got {value!r}")
+    if value.device.type != x.device.type:
+        raise ValueError(f"generator must be on x's device ({x.device}); got {value.device}")

@@ -1,0 +1,209 @@
+"""Putting the autograd node in the place of the first layer for the length of a pass; the model itself is not rewritten."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .first_layer import FusedLayer, Normalisation, OpaqueLayer, fitted_normalisation, matches
+from .node import FirstLayerBatchNormNode, FirstLayerNode, first_layer_batch_norm_node, first_layer_node, normalised
+from .opaque import Opaque, ThreatModel, opaque_node, replaced_forward
+
+
+@dataclass
+class Pass:
+    """What the node needs to know of the full pass it is part of."""
+
+    x: Tensor
+    eta: Tensor  # a fresh leaf
+    given: Tensor  # to the model
+    steps: int
+    threat: ThreatModel
+    gradient_before: bool
+    gradient_after: bool
+    normalisation: Normalisation  # applied to the model's input by the caller
+    allow_tf32: bool
+    first: bool  # the first pass through this model: look closely, whatever it costs
+
+    def normalisation_before(self, observed: Tensor, known: Normalisation) -> Normalisation | None:
+        """What the model did to its input up to here: `known` or, on the first pass, found; None if it is something else."""
+        if not known.mean and self._untouched(observed):
+            return known
+        with torch.no_grad():
+            given = normalised(self.x + self.eta, self.normalisation.mean, self.normalisation.std)
+            if matches(observed.detach(), normalised(given, known.mean, known.std)):
+                return known
+        return fitted_normalisation(observed, given) if self.first else None
+
+    def _untouched(self, observed: Tensor) -> bool:
+        same = (
+            observed.data_ptr() == self.given.data_ptr()
+            and observed.dtype == self.given.dtype
+            and observed._version == 0
+        )
+        if not same or observed.numel() != self.given.numel():
+            return False
+        return observed.stride() == self.given.stride() or (observed.is_contiguous() and self.given.is_contiguous())
+
+
+class Interposition:
+    """The callable that stands for one first layer; the same object in every step, so that compiled models are reused."""
+
+    def __init__(
+        self, layer: nn.Module, plan: FusedLayer | OpaqueLayer, original: Callable[..., Any] | None = None
+    ) -> None:
+        self.layer = layer
+        self.plan = plan
+        self.original = original or layer.forward
+        self.inner = Normalisation()  # found between the model's input and the layer
+        self.classes: int | None = None  # of the model, once known
+        self.verified: set[Any] = set()  # the circumstances under which a first pass went well
+        self.now: Any = None
+        self.mean: list[float] = []
+        self.std: list[float] = []
+        self.calls = 0  # with gradients enabled; a checkpoint's recomputation comes after this is read
+        self.evaluations = 0
+        if isinstance(plan, OpaqueLayer):
+            warnings.warn(
+                f"the first layer runs through autograd, at eager speed: {plan.reason}", UserWarning, stacklevel=2
+            )
+
+    @contextmanager
+    def installed(self, now: Pass) -> Iterator[None]:
+        """Stand in for the layer inside the block."""
+        self.original = self.layer.forward
+        with replaced_forward({self.layer: self}):
+            self.begin(now)
+            try:
+                yield
+            finally:
+                self.now = None
+
+    def begin(self, now: Pass) -> None:
+        """Forget the last pass."""
+        self.now, self.calls, self.evaluations = now, 0, 0
+        self._compose()
+
+    def _compose(self) -> None:
+        own = self.plan.normalisation if isinstance(self.plan, FusedLayer) else Normalisation()
+        whole = self.now.normalisation.then(self.inner).then(own)
+        self.mean, self.std = list(whole.mean), list(whole.std)
+
+    def __call__(self, observed: Tensor) -> Tensor:
+        now = self.now
+        if not torch.compiler.is_compiling():
+            self._observe(observed)
+        if isinstance(self.plan, OpaqueLayer):
+            layer = Opaque(
+                self.layer, self.original, self.plan.affine, self.mean, self.std, now.steps, now.threat,
+                now.gradient_before, now.gradient_after, observed.shape, observed.dtype,
+            )  # fmt: skip
+            return opaque_node(layer, now.eta, now.x)
+        dtype, kind = observed.dtype, observed.device.type
+        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        return self._fused(self.plan, now, dtype)
+
+    def _observe(self, observed: Tensor) -> None:
+        """Count the call and compare the layer's input with what the node takes it to be."""
+        now = self.now
+        self.evaluations += 1
+        self.calls += torch.is_grad_enabled()
+        if not (now.first or observed.device.type == "cpu"):
+            return
+        inner = now.normalisation_before(observed, self.inner)
+        if inner is None:
+            raise ValueError(
+                f"first_layer must take the model's input (per-channel normalised or flattened at most), but the "
+                f"{type(self.layer).__name__} got other values, of shape {list(observed.shape)}: give a first_layer that "
+                f"contains what comes before it"
+            )
+        if inner is not self.inner:
+            self.inner = inner
+            self._compose()
+
+    def _fused(self, plan: FusedLayer, now: Pass, dtype: torch.dtype) -> Tensor:
+        conv: Any = plan.conv
+        norm: Any = plan.batch_norm
+        geometry = (
+            self.mean, self.std, list(conv.stride), list(plan.padding), list(conv.dilation), conv.groups,
+            plan.activation, plan.negative_slope,
+        )  # fmt: skip
+        flags = (now.gradient_before, now.gradient_after, now.allow_tf32, dtype)
+        settings = (*geometry, now.steps, *now.threat, *flags)
+        scale = shift = None
+        compiling = torch.compiler.is_compiling()
+        if norm is not None:
+            if norm.training or norm.running_mean is None:
+                tensors = (now.eta, now.x, conv.weight, conv.bias, norm.weight, norm.bias)
+                node: Any = first_layer_batch_norm_node if compiling else FirstLayerBatchNormNode.apply
+                y, mean, variance, _ = node(*tensors, *settings, norm.eps)
+                if norm.training and norm.running_mean is not None and (compiling or self.evaluations == 1):
+                    _update_running_statistics(norm, mean.detach(), variance.detach())
+                return y
+            scale = torch.rsqrt(norm.running_var + norm.eps)
+            scale = scale if norm.weight is None else norm.weight * scale
+            shift = -norm.running_mean * scale
+            shift = shift if norm.bias is None else norm.bias + shift
+        node = first_layer_node if compiling else FirstLayerNode.apply
+        return node(now.eta, now.x, conv.weight, conv.bias, scale, shift, *settings)
+
+
+def _update_running_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:
+    """What BatchNorm's forward does to its buffers in training mode."""
+    with torch.no_grad():
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        norm.running_mean.mul_(1 - momentum).add_(momentum * mean)
+        norm.running_var.mul_(1 - momentum).add_(momentum * variance)
+
+
+class Discovery:
+    """Finds, during a real pass, the first of several layers that is executed on the model's input."""
+
+    def __init__(self, plans: dict[nn.Module, FusedLayer | OpaqueLayer]) -> None:
+        self.plans = plans
+        self.originals = {layer: layer.forward for layer in plans}
+        self.found: Interposition | None = None
+        self.classes: int | None = None
+        self.passed_over: list[str] = []
+        self.now: Any = None
+
+    @property
+    def calls(self) -> int:
+        """How often the layer that was found has run."""
+        return 0 if self.found is None else self.found.calls
+
+    @contextmanager
+    def installed(self, now: Pass) -> Iterator[None]:
+        """Watch every candidate inside the block; the first that fits is stood in for from then on."""
+        self.now = now
+        with replaced_forward({layer: self._watch(layer) for layer in self.plans}):
+            try:
+                yield
+            finally:
+                self.now = None
+                if self.found is not None:
+                    self.found.now = None
+
+    def _watch(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        original = self.originals[layer]
+
+        def forward(observed: Tensor) -> Tensor:
+            if self.found is None:
+                if self.now.normalisation_before(observed, Normalisation()) is None:
+                    self.passed_over.append(f"{type(layer).__name__} on an input of shape {list(observed.shape)}")
+                else:
+                    self.found = Interposition(layer, self.plans[layer], original)
+                    self.found.begin(self.now)
+            mine = self.found is not None and self.found.layer is layer
+            return self.found(observed) if mine else original(observed)  # type: ignore[misc]
+
+        return forward

@@ -1,0 +1,216 @@
+"""Full passes through a model with its first layer replaced by the autograd node: each moves the perturbation."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import first_layer as layers
+from .first_layer import Normalisation
+from .functional import resolve_allow_tf32
+from .interposition import Discovery, Interposition, Pass
+from .node import normalised
+from .opaque import ThreatModel
+
+# What is known of a model's first layer, by what the caller gave as `first_layer`. Weak: models come and go.
+_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Interposition]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one full pass found; output and loss are detached."""
+
+    eta: Tensor
+    loss: Tensor
+    output: Any
+
+
+def detached(output: Any) -> Any:
+    """A model's output without its graph."""
+    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, output)
+
+
+def distributed(model: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel module among the model's wrappers."""
+    return next((m for m in layers.unwrapped(model) if isinstance(m, DistributedDataParallel)), None)
+
+
+def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside, backward passes leave gradients unreduced."""
+    parallel = distributed(model)
+    return nullcontext() if parallel is None else parallel.no_sync()
+
+
+@contextmanager
+def restored_buffers_on_error(model: nn.Module) -> Iterator[None]:
+    """Put every buffer back to its value if the block raises."""
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+        raise
+
+
+def _reaches(output: Tensor, leaf: Tensor) -> bool:
+    """Whether autograd leads from `output` to `leaf`."""
+    seen: set[Any] = set()
+    stack = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is leaf:
+            return True
+        stack += [following for following, _ in node.next_functions]
+    return False
+
+
+class Passes:
+    """The passes of one step: fixed model, input, threat model and number of inner steps."""
+
+    def __init__(
+        self, model: nn.Module, first_layer: nn.Module | str | None, x: Tensor, *, steps: int, threat: ThreatModel,
+        normalisation: Normalisation, backward: Callable[[Tensor], Any] | None,
+    ) -> None:  # fmt: skip
+        self.model, self.first_layer, self.x = model, first_layer, x
+        self.steps, self.threat, self.normalisation = steps, threat, normalisation
+        self.backward = backward or torch.Tensor.backward
+        self.allow_tf32 = resolve_allow_tf32(None)
+        self.base = list(layers.unwrapped(model))[-1]
+        self.interposition = self._lookup()
+
+    # --- which layer ---
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no pass has gone through this model's first layer yet."""
+        return isinstance(self.interposition, Discovery) or not self.interposition.verified
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the model has, once a pass has shown it."""
+        return self.interposition.classes
+
+    @classes.setter
+    def classes(self, value: int) -> None:
+        self.interposition.classes = value
+
+    @property
+    def _key(self) -> Any:
+        return id(self.first_layer) if isinstance(self.first_layer, nn.Module) else self.first_layer
+
+    def _lookup(self) -> Interposition | Discovery:
+        """The interposition of a known first layer, a new one for a layer that is named, or else a discovery."""
+        known = _known.setdefault(self.model, {})
+        found = known.get(self._key)
+        if found is not None and any(module is found.layer for module in self.base.modules()):
+            return found
+        layer = (
+            layers.declared(self.model) if self.first_layer is None else layers.resolve(self.model, self.first_layer)
+        )
+        if layer is None:
+            return Discovery({m: layers.describe(m, self.x) for m in layers.candidates(self.base)})
+        return Interposition(layer, layers.describe(layer, self.x))
+
+    def _adopt(self) -> Interposition:
+        """Settle for the layer that a first pass went through."""
+        at = self.interposition
+        found = at.found if isinstance(at, Discovery) else at
+        if found is None or at.calls == 0:
+            raise ValueError(self._never_ran(at))
+        if at.calls > 1:
+            raise ValueError(
+                f"first_layer must run once in a forward pass; the {type(found.layer).__name__} ran {at.calls} times"
+            )
+        found.classes = at.classes
+        self.interposition = found
+        if found.layer is not self.model:  # (the entry would keep its own key alive)
+            _known[self.model][self._key] = found
+        return found
+
+    def _never_ran(self, at: Interposition | Discovery) -> str:
+        if isinstance(at, Interposition):
+            name = repr(self.first_layer) if isinstance(self.first_layer, str) else f"the {type(at.layer).__name__}"
+            return f"first_layer must be a layer that the model runs with gradients enabled; {name} did not run"
+        met = f" (the first one ran was a {at.passed_over[0]})" if at.passed_over else ""
+        return f"first_layer=None found no Conv2d or Linear that runs on the model's input{met}: name the first layer"
+
+    # --- one pass ---
+
+    def run(
+        self, eta: Tensor, objective: Callable[[Any], Tensor], *, gradient_before: bool, gradient_after: bool,
+        scale: float = 1.0, synchronise: bool = True,
+    ) -> PassResult:  # fmt: skip
+        """Forward at x + eta, `objective` of the output, backward of `scale` times that; returns the moved perturbation."""
+        leaf = eta.detach().requires_grad_()
+        runs: list[Tensor] = []
+        leaf.register_post_accumulate_grad_hook(lambda t: runs.append(t))
+        with torch.no_grad():
+            u = normalised(self.x + eta, self.normalisation.mean, self.normalisation.std)
+        circumstances = (self.base.training, bool(self.normalisation.mean))
+        first = isinstance(self.interposition, Discovery) or circumstances not in self.interposition.verified
+        now = Pass(
+            self.x, leaf, u, self.steps, self.threat, gradient_before, gradient_after, self.normalisation,
+            self.allow_tf32, first,
+        )  # fmt: skip
+        with ExitStack() as stack:
+            if not synchronise:
+                stack.enter_context(unsynchronised(self.model))
+            stack.enter_context(self.interposition.installed(now))
+            if first:
+                output, loss = self._first_forward(now, objective)
+            else:
+                output = self.model(u)
+                loss = self._scalar(objective(output))
+                if self.interposition.calls > 1:
+                    raise ValueError(
+                        f"first_layer must run once in a forward pass; it ran {self.interposition.calls} times"
+                    )
+            with torch.autocast(self.x.device.type, enabled=False):
+                self.backward(loss if scale == 1.0 else loss * scale)
+        if len(runs) != 1:
+            raise RuntimeError(
+                f"the backward pass must go through the first layer once; it did {len(runs)} times "
+                f"(a first layer inside a reentrant checkpoint, or a `backward` that does not run one backward pass)"
+            )
+        if first:
+            self._adopt().verified.add(circumstances)
+        assert leaf.grad is not None
+        return PassResult(leaf.grad, loss.detach(), detached(output))
+
+    def _first_forward(self, now: Pass, objective: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
+        """The forward of a first pass: in eager mode, with everything looked at before any gradient or buffer changes."""
+        probe = now.given.clone().requires_grad_()
+        now.given = probe
+        with restored_buffers_on_error(self.model), torch.compiler.set_stance("force_eager"):
+            output = self.model(probe)
+            found = self._adopt()
+            loss = self._scalar(objective(output))
+            if _reaches(loss, probe):
+                raise ValueError(
+                    f"first_layer must be the only way from the input to the output; the model also uses its input beside the "
+                    f"{type(found.layer).__name__}: give a first_layer that contains every use of it"
+                )
+            if not _reaches(loss, now.eta):
+                raise ValueError(
+                    f"first_layer must lead to the loss; the loss does not depend on the {type(found.layer).__name__}"
+                )
+        return output, loss
+
+    @staticmethod
+    def _scalar(loss: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return a scalar tensor; got {got}")
+        return loss
