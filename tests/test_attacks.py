@@ -41,7 +41,8 @@ def assert_admissible(x, eta, eps, norm, bounds=(0.0, 1.0)):
         assert (eta.abs() <= torch.tensor(eps, dtype=eta.dtype)).all()
     else:
         assert (eta.flatten(1).norm(dim=1) <= eps * (1 + 1e-5)).all()
-    assert (x + eta >= bounds[0] - 1e-6).all() and (x + eta <= bounds[1] + 1e-6).all()
+    assert (x + eta >= bounds[0] - 1e-6).all()
+    assert (x + eta <= bounds[1] + 1e-6).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -67,7 +68,8 @@ def test_result_is_admissible(seed, eps, step_size, steps, restarts, norm, loss,
         model, x, y, eps=eps, step_size=step_size, steps=steps, restarts=restarts, norm=norm, loss=loss, keep=keep,
         bn_mode=bn_mode,
     )  # fmt: skip
-    assert found.perturbation.shape == x.shape and found.perturbation.dtype == dtype
+    assert found.perturbation.shape == x.shape
+    assert found.perturbation.dtype == dtype
     assert not found.perturbation.requires_grad
     assert_admissible(x, found.perturbation, eps, norm)
     if bn_mode == "eval" and found.loss is not None:
@@ -103,7 +105,16 @@ def test_l2_reaches_the_optimum_of_a_linear_model(seed, eps, scale):
     weight = torch.randn(1, 2, 3, generator=generator)
     y = torch.zeros(3, dtype=torch.int64)
     found = pgd(
-        Linear(weight * scale), x, y, eps=eps, step_size=eps, steps=60, norm="l2", bounds=None, loss="margin", init="zero"
+        Linear(weight * scale),
+        x,
+        y,
+        eps=eps,
+        step_size=eps,
+        steps=60,
+        norm="l2",
+        bounds=None,
+        loss="margin",
+        init="zero",
     )
     torch.testing.assert_close(
         found.perturbation, (eps * weight / weight.norm()).expand(3, 1, 2, 3), rtol=1e-3, atol=1e-4 * eps
@@ -115,7 +126,7 @@ def test_restarts_and_best_iterate_only_make_it_worse_for_the_model(norm):
     x, y = data(3, batch=64)
     model = small_net().eval()
     model(x)
-    options = dict(eps=0.1, step_size=0.1, steps=3, norm=norm)
+    options = {"eps": 0.1, "step_size": 0.1, "steps": 3, "norm": norm}
 
     def run(**more):
         found = pgd(model, x, y, generator=torch.Generator().manual_seed(5), **options, **more)
@@ -126,7 +137,8 @@ def test_restarts_and_best_iterate_only_make_it_worse_for_the_model(norm):
     wrong, loss = run()
     best_wrong, best_loss = run(keep="best")
     more_wrong, more_loss = run(restarts=4)
-    assert (best_wrong >= wrong).all() and (more_wrong >= wrong).all()
+    assert (best_wrong >= wrong).all()
+    assert (more_wrong >= wrong).all()
     same = best_wrong == wrong
     assert (best_loss[same] >= loss[same] - 1e-5).all()
     same = more_wrong == wrong
@@ -159,11 +171,12 @@ def test_init():
     x, y = data()
     model = small_net()
     given = torch.full_like(x, 0.01)
-    options = dict(eps=0.1, step_size=0.1, steps=0)
+    options = {"eps": 0.1, "step_size": 0.1, "steps": 0}
     assert torch.equal(pgd(model, x, y, init=given, **options).perturbation, given)
     assert not pgd(model, x, y, init="zero", **options).perturbation.any()
     draws = [pgd(model, x, y, generator=torch.Generator().manual_seed(s), **options).perturbation for s in (1, 1, 2)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -184,7 +197,8 @@ def test_eps_per_channel():
     eps = [0.1, 0.0, 0.05]
     eta = pgd(small_net(), x, y, eps=eps, step_size=torch.tensor(eps), steps=3).perturbation
     assert (eta.abs().amax((0, 2, 3)) <= torch.tensor(eps)).all()
-    assert eta[:, 0].abs().max() > 0.09 and eta[:, 2].abs().max() > 0.04
+    assert eta[:, 0].abs().max() > 0.09
+    assert eta[:, 2].abs().max() > 0.04
 
 
 def test_normalisation_is_applied_in_the_model_and_eps_stays_in_pixels():
@@ -199,7 +213,7 @@ def test_normalisation_is_applied_in_the_model_and_eps_stays_in_pixels():
     x, y = data()
     mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])
     model = small_net()
-    options = dict(eps=0.1, step_size=0.03, steps=4)
+    options = {"eps": 0.1, "step_size": 0.03, "steps": 4}
     ours = pgd(model, x, y, mean=mean, std=std, generator=torch.Generator().manual_seed(0), **options)
     wrapped = pgd(Normalised(model, mean, std), x, y, generator=torch.Generator().manual_seed(0), **options)
     torch.testing.assert_close(ours.perturbation, wrapped.perturbation)
@@ -225,10 +239,10 @@ class CountConvolutions(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("options", "forwards", "input_grads"),
     [
-        (dict(steps=5), 5, 5),
-        (dict(steps=0), 0, 0),
-        (dict(steps=5, keep="best"), 6, 5),
-        (dict(steps=5, restarts=2, bn_mode="train"), 12, 10),
+        ({"steps": 5}, 5, 5),
+        ({"steps": 0}, 0, 0),
+        ({"steps": 5, "keep": "best"}, 6, 5),
+        ({"steps": 5, "restarts": 2, "bn_mode": "train"}, 12, 10),
     ],
 )
 def test_cost_is_what_the_docstring_says(options, forwards, input_grads):
@@ -298,40 +312,40 @@ X, Y = data()
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (dict(eps=-0.1), ValueError, "eps must be >= 0; got -0.1"),
-        (dict(eps=8), ValueError, "eps .* looks like 0..255 units: use 8/255"),
-        (dict(eps=math.nan), ValueError, "eps must be finite"),
-        (dict(eps=[0.1, 0.2]), ValueError, "eps must be a number or have one value per input channel"),
-        (dict(eps="0.1"), TypeError, "eps"),
-        (dict(step_size=-1), ValueError, "step_size must be >= 0"),
-        (dict(steps=-1), ValueError, "steps must be an integer >= 0; got -1"),
-        (dict(steps=1.5), TypeError, "steps must be an integer"),
-        (dict(restarts=0), ValueError, "restarts must be an integer >= 1"),
-        (dict(restarts=2, init="zero"), ValueError, "restarts must be 1 unless init='uniform'"),
-        (dict(norm="l1"), ValueError, "norm must be one of 'linf', 'l2'; got 'l1'"),
-        (dict(norm="l2", eps=[0.1, 0.1, 0.1]), ValueError, "eps must be a single number"),
-        (dict(loss="mse"), ValueError, "loss must be one of 'ce', 'margin'; got 'mse'"),
-        (dict(init="random"), ValueError, "init must be one of 'uniform', 'zero'; got 'random'"),
-        (dict(init=torch.zeros(1)), ValueError, "init must have shape"),
-        (dict(bn_mode="off"), ValueError, "bn_mode must be one of 'eval', 'train'"),
-        (dict(keep="first"), ValueError, "keep must be one of 'last', 'best'"),
-        (dict(bounds=(1, 0)), ValueError, "bounds must be"),
-        (dict(mean=0.5), ValueError, "mean and std must be given together"),
-        (dict(mean=0.5, std=0.0), ValueError, "std must be > 0"),
-        (dict(x=X.mul(255).byte()), TypeError, "x must be one of float32, float64; got uint8"),
-        (dict(x=X * 255), ValueError, "x must lie in bounds"),
-        (dict(x=torch.full_like(X, math.nan)), ValueError, "x must be finite"),
-        (dict(x=X[0]), ValueError, "x must have shape"),
-        (dict(y=Y[:3]), ValueError, "y must have shape"),
-        (dict(y=Y.float()), TypeError, "y must be int64"),
-        (dict(y=Y - 10), ValueError, "y must be labels"),
+        ({"eps": -0.1}, ValueError, "eps must be >= 0; got -0.1"),
+        ({"eps": 8}, ValueError, "eps .* looks like 0..255 units: use 8/255"),
+        ({"eps": math.nan}, ValueError, "eps must be finite"),
+        ({"eps": [0.1, 0.2]}, ValueError, "eps must be a number or have one value per input channel"),
+        ({"eps": "0.1"}, TypeError, "eps"),
+        ({"step_size": -1}, ValueError, "step_size must be >= 0"),
+        ({"steps": -1}, ValueError, "steps must be an integer >= 0; got -1"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer"),
+        ({"restarts": 0}, ValueError, "restarts must be an integer >= 1"),
+        ({"restarts": 2, "init": "zero"}, ValueError, "restarts must be 1 unless init='uniform'"),
+        ({"norm": "l1"}, ValueError, "norm must be one of 'linf', 'l2'; got 'l1'"),
+        ({"norm": "l2", "eps": [0.1, 0.1, 0.1]}, ValueError, "eps must be a single number"),
+        ({"loss": "mse"}, ValueError, "loss must be one of 'ce', 'margin'; got 'mse'"),
+        ({"init": "random"}, ValueError, "init must be one of 'uniform', 'zero'; got 'random'"),
+        ({"init": torch.zeros(1)}, ValueError, "init must have shape"),
+        ({"bn_mode": "off"}, ValueError, "bn_mode must be one of 'eval', 'train'"),
+        ({"keep": "first"}, ValueError, "keep must be one of 'last', 'best'"),
+        ({"bounds": (1, 0)}, ValueError, "bounds must be"),
+        ({"mean": 0.5}, ValueError, "mean and std must be given together"),
+        ({"mean": 0.5, "std": 0.0}, ValueError, "std must be > 0"),
+        ({"x": X.mul(255).byte()}, TypeError, "x must be one of float32, float64; got uint8"),
+        ({"x": X * 255}, ValueError, "x must lie in bounds"),
+        ({"x": torch.full_like(X, math.nan)}, ValueError, "x must be finite"),
+        ({"x": X[0]}, ValueError, "x must have shape"),
+        ({"y": Y[:3]}, ValueError, "y must have shape"),
+        ({"y": Y.float()}, TypeError, "y must be int64"),
+        ({"y": Y - 10}, ValueError, "y must be labels"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):
     calls = []
     model = small_net()
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    arguments = dict(x=X, y=Y, eps=0.1, step_size=0.05, steps=2) | change
+    arguments = {"x": X, "y": Y, "eps": 0.1, "step_size": 0.05, "steps": 2} | change
     with pytest.raises(error, match=message):
         pgd(model, **arguments)
     assert not calls

@@ -42,7 +42,8 @@ def test_each_manager_sets_what_it_says():
         assert all(m.training for m in model.modules())
     with frozen_parameters(model):
         assert not any(p.requires_grad for p in model.parameters())
-        assert model.training and not model[1].training
+        assert model.training
+        assert not model[1].training
 
 
 def test_nesting():

@@ -229,8 +229,10 @@ def _best_of(best: AttackResult | None, eta: Tensor, y: Tensor, logits: Tensor, 
 
 def _worse_of(best: AttackResult, new: AttackResult, index: Tensor) -> AttackResult:
     """`best`, with its samples at `index` taken from `new` where those are worse for the model."""
-    assert best.loss is not None and best.misclassified is not None
-    assert new.loss is not None and new.misclassified is not None
+    assert best.loss is not None
+    assert best.misclassified is not None
+    assert new.loss is not None
+    assert new.misclassified is not None
     loss, wrong = best.loss[index], best.misclassified[index]
     larger = (new.loss > loss) | (loss.isnan() & ~new.loss.isnan())
     take = (new.misclassified & ~wrong) | ((new.misclassified == wrong) & larger)

@@ -12,8 +12,6 @@ from yopo_ext.training.methods import Method, ThreatModel
 from yopo_ext.training.methods.base import option
 from yopo_ext.training.schedules import make_schedule
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true"]
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -62,7 +60,7 @@ class TrainConfig:
     validate_every: int = option(1, "epochs between validations")
     validation_steps: int = option(10, "PGD steps of the validation attack")
     select: Literal["best", "last"] = option("best", "which checkpoint is the result: best on validation, or last")
-    precision: Precision = option("32-true", "arithmetic of the passes")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = option("32-true", "arithmetic of the passes")
     accelerator: str = option("auto", "cpu, cuda or auto")
     devices: int = option(1, "processes, one per device")
 
@@ -87,6 +85,7 @@ def resolve(config: TrainConfig, method_options: dict[str, Any] | None = None) -
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, method=method.spec, **missing)
     check(config)
+    method.check(threat_model(config))
     return config, method
 
 

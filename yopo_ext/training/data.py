@@ -66,22 +66,22 @@ class Batch:
     placement: Placement | None  # how each image was augmented; None: not at all
 
 
-class KeptPerturbations:
-    """One perturbation per training sample, kept across epochs in the frame of the unaugmented image."""
+class PerSample:
+    """One image-shaped tensor per training sample, kept across epochs in the frame of the unaugmented image."""
 
-    def __init__(self, perturbations: Tensor) -> None:
-        self.perturbations = perturbations  # [N, C, H, W]
+    def __init__(self, values: Tensor) -> None:
+        self.values = values  # [N, C, H, W]
 
     def get(self, batch: Batch) -> Tensor:
-        """The batch's perturbations [B, C, H, W], moved as its images were; zero where an image was padded."""
-        kept = self.perturbations[batch.index]
+        """The batch's tensors [B, C, H, W], moved as its images were; zero where an image was padded."""
+        kept = self.values[batch.index]
         return kept if batch.placement is None else batch.placement.apply(kept)
 
-    def put(self, batch: Batch, perturbation: Tensor) -> None:
-        """Keep these perturbations; what an augmentation moved out of sight stays as it was."""
+    def put(self, batch: Batch, values: Tensor) -> None:
+        """Keep these; what an augmentation moved out of sight stays as it was."""
         if batch.placement is not None:
-            perturbation = batch.placement.undo(perturbation, self.perturbations[batch.index])
-        self.perturbations[batch.index] = perturbation
+            values = batch.placement.undo(values, self.values[batch.index])
+        self.values[batch.index] = values
 
 
 class Source(Protocol):

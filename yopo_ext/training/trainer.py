@@ -17,7 +17,7 @@ from yopo_ext import attacks
 from yopo_ext.training.augment import Augmentation
 from yopo_ext.training.checkpoint import MetricsFile, save_checkpoint, write_json
 from yopo_ext.training.config import TrainConfig, resolve, threat_model
-from yopo_ext.training.data import Batch, Dataset, KeptPerturbations, TensorSource, load_dataset, mix_seed
+from yopo_ext.training.data import Batch, Dataset, PerSample, TensorSource, load_dataset, mix_seed
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import PgdAttack, evaluate
 from yopo_ext.training.methods import Method, Outcome
@@ -57,7 +57,9 @@ class Trainer:
 
         torch.manual_seed(mix_seed(self.config.seed))
         channels = self.dataset.shape[0]
-        assert self.config.model is not None and self.config.lr is not None and self.config.batch_size is not None
+        assert self.config.model is not None
+        assert self.config.lr is not None
+        assert self.config.batch_size is not None
         self.network, self.first_layer = build_model(self.config.model, channels, self.dataset.classes)
         self.network.train()
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
@@ -81,7 +83,8 @@ class Trainer:
         )
         self.schedule = make_schedule(self.config.schedule, self.config.milestones, self.config.warmup)
         self.generator = torch.Generator(self.device)
-        self.kept = self._first_perturbations() if self.method.keeps_perturbations else None
+        self.kept = {name: self._first_kept(name) for name in self.method.keeps}
+        self.carried: dict[str, Tensor] = {}
         self.epochs_done, self.batches_done, self.updates, self.seconds = 0, 0, 0, 0.0
         self.best: dict[str, float] | None = None
         self.curve: list[tuple[float, float]] = []  # (training seconds, validation PGD accuracy)
@@ -92,6 +95,10 @@ class Trainer:
     def forward(self, x: Tensor) -> Tensor:
         with self.autocast():
             return self.replica(self._normalised(x)).float()
+
+    def predict(self, x: Tensor) -> Tensor:
+        with self.autocast():
+            return self.network(self._normalised(x)).float()
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
@@ -105,20 +112,9 @@ class Trainer:
         self.updates += 1
 
     def attack(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        threat = self.threat
         with self.autocast():
-            return attacks.pgd(
-                self.network,
-                x,
-                y,
-                eps=threat.eps,
-                norm=threat.norm,
-                bounds=threat.bounds,
-                mean=threat.mean,
-                std=threat.std,
-                generator=self.generator,
-                **options,
-            ).perturbation
+            options = {**dataclasses.asdict(self.threat), "generator": self.generator, **options}
+            return attacks.pgd(self.network, x, y, **options).perturbation
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self.fabric.autocast()
@@ -219,16 +215,14 @@ class Trainer:
         key = {"robust": "validation_pgd", "clean": "validation_clean"}[self.method.selects_by]
         return self.best is None or record[key] >= self.best[key]
 
-    def _first_perturbations(self) -> KeptPerturbations:
+    def _first_kept(self, name: str) -> PerSample:
+        train, threat = self.dataset.train, self.threat
+        if name != "perturbation":
+            return PerSample(torch.zeros(train.images.shape, device=self.device))
         generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, 2))
-        train = self.dataset.train
-        chunks = [
-            attacks.AdmissibleSet(train.x(part), self.threat.eps, self.threat.norm, self.threat.bounds).uniform(
-                generator
-            )
-            for part in torch.arange(len(train), device=self.device).split(4096)
-        ]
-        return KeptPerturbations(torch.cat(chunks))
+        parts = torch.arange(len(train), device=self.device).split(4096)
+        balls = (attacks.AdmissibleSet(train.x(part), threat.eps, threat.norm, threat.bounds) for part in parts)
+        return PerSample(torch.cat([ball.uniform(generator) for ball in balls]))
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self.threat.mean is None or self.threat.std is None:

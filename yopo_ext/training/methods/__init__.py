@@ -8,19 +8,28 @@ import typing
 from typing import Any
 
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, ThreatModel
+from yopo_ext.training.methods.fgsm_mep import FgsmMep
+from yopo_ext.training.methods.fgsm_rs import FgsmRs
+from yopo_ext.training.methods.free import Free
+from yopo_ext.training.methods.n_fgsm import NFgsm
 from yopo_ext.training.methods.natural import Natural
 from yopo_ext.training.methods.pgd import Pgd
+from yopo_ext.training.methods.trades import Trades
 from yopo_ext.training.methods.yopo import Yopo
 from yopo_ext.training.numbers import parse_number
 
 __all__ = ["METHODS", "Cost", "Learner", "Method", "Outcome", "ThreatModel", "make", "option_fields", "parse"]
 
 METHODS: dict[str, type[Method]] = {
-    # class        why it is here
     cls.name: cls
     for cls in (
-        Natural,  # what robustness costs in clean accuracy, and the lower bound of time
+        Natural,  # what robustness costs in clean accuracy; the floor of training time
         Pgd,  # the standard that every faster method is measured against
+        Free,  # every pass updates weights and perturbation: the nearest relative of YOPO-m-1
+        FgsmRs,  # one attack step: the cheapest that works, until it overfits
+        NFgsm,  # one attack step that does not overfit, for the same price
+        FgsmMep,  # one attack step with memory: the strongest of the cheap ones
+        Trades,  # trades clean accuracy for robustness by a weight; the strongest of the dear ones
         Yopo,  # this package: adversary steps in the first layer only
     )
 }

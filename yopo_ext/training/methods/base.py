@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from yopo_ext.training.data import Batch, KeptPerturbations
+from yopo_ext.modes import evaluating
+from yopo_ext.training.data import Batch, PerSample
 
 BNMode = Literal["eval", "train"]
 
@@ -51,10 +53,14 @@ class Learner(Protocol):
     first_layer: str | None
     threat: ThreatModel
     generator: torch.Generator  # seeded afresh for every batch
-    kept: KeptPerturbations | None
+    kept: dict[str, PerSample]  # what the method keeps of every training sample: `Method.keeps`
+    carried: dict[str, Tensor]  # what the method hands from one batch to the next
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of pixels x [B, C, H, W], through `replica`, at the run's precision."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The same through `network`, for passes that train nothing."""
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The training loss (mean cross-entropy, with label smoothing if configured)."""
@@ -102,10 +108,13 @@ class Method:
         """Spend them, including every weight update."""
         raise NotImplementedError
 
+    def check(self, threat: ThreatModel) -> None:
+        """Raise ValueError if the method does not work under this threat model."""
+
     @property
-    def keeps_perturbations(self) -> bool:
-        """Whether `learner.kept` is needed: one perturbation per training sample."""
-        return False
+    def keeps(self) -> tuple[str, ...]:
+        """Names of the tensors in `Learner.kept`; "perturbation" starts uniform in the ball, others at zero."""
+        return ()
 
     @property
     def spec(self) -> str:
@@ -116,6 +125,22 @@ class Method:
             if f.name not in self.numbers and value != f.default:
                 parts.append(f"{f.name.replace('_', '-')}={value}")
         return ":".join(parts)
+
+
+def train_on(learner: Learner, x: Tensor, y: Tensor) -> Outcome:
+    """One weight update from the loss at x: a forward, an input gradient, a weight gradient."""
+    logits = learner.forward(x)
+    loss = learner.loss(logits, y)
+    learner.backward(loss)
+    learner.update()
+    return Outcome(loss.detach(), logits.detach())
+
+
+@torch.no_grad()
+def logits_before(learner: Learner, x: Tensor, bn_mode: BNMode) -> Tensor:
+    """The model's logits at x without a graph, in the attack's mode: one forward."""
+    with evaluating(learner.network) if bn_mode == "eval" else nullcontext():
+        return learner.predict(x)
 
 
 def default_step(step_size: float | None, threat: ThreatModel, fraction: float) -> float:

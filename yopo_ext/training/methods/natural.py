@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from yopo_ext.training.data import Batch
-from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome
+from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, train_on
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,4 @@ class Natural(Method):
         return Cost(1, 1, 1)
 
     def train(self, learner: Learner, batch: Batch) -> Outcome:
-        logits = learner.forward(batch.x)
-        loss = learner.loss(logits, batch.y)
-        learner.backward(loss)
-        learner.update()
-        return Outcome(loss.detach(), logits.detach())
+        return train_on(learner, batch.x, batch.y)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from yopo_ext import validation
 from yopo_ext.training.data import Batch
-from yopo_ext.training.methods.base import BNMode, Cost, Learner, Method, Outcome, default_step, option
+from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, default_step, option, train_on
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Pgd(Method):
     steps: int = option(10, "gradient steps of the attack")
     step_size: float | None = option(None, "length of one step, in pixel units (default: eps / 4)")
     init: Literal["uniform", "zero"] = option("uniform", "where the attack starts")
-    bn_mode: BNMode = option("eval", "mode of the model during the attack")
+    bn_mode: Literal["eval", "train"] = option("eval", "mode of the model during the attack")
 
     def __post_init__(self) -> None:
         validation.integer("steps", self.steps, 1)
@@ -35,8 +35,4 @@ class Pgd(Method):
             init=self.init,
             bn_mode=self.bn_mode,
         )
-        logits = learner.forward(batch.x + eta)
-        loss = learner.loss(logits, batch.y)
-        learner.backward(loss)
-        learner.update()
-        return Outcome(loss.detach(), logits.detach())
+        return train_on(learner, batch.x + eta, batch.y)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import yopo_ext
 from yopo_ext import validation
+from yopo_ext.step import yopo_step
 from yopo_ext.training.data import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, default_step, option
 
@@ -26,7 +26,7 @@ class Yopo(Method):
 
     def __post_init__(self) -> None:
         validation.integer("outer_steps", self.outer_steps, 1)
-        validation.integer("inner_steps", self.inner_steps, 0)
+        validation.integer("inner_steps", self.inner_steps, 1)
         if self.update_every == "pass" and self.train_on == "last":
             raise ValueError(
                 "train_on must be 'all' with update_every='pass': the other passes yield no weight gradient"
@@ -37,15 +37,15 @@ class Yopo(Method):
         return Cost(m, m, m if self.train_on == "all" else 1)
 
     @property
-    def keeps_perturbations(self) -> bool:
-        return self.persist
+    def keeps(self) -> tuple[str, ...]:
+        return ("perturbation",) if self.persist else ()
 
     def train(self, learner: Learner, batch: Batch) -> Outcome:
         threat = learner.threat
-        start = "uniform" if learner.kept is None or not self.persist else learner.kept.get(batch)
+        kept = learner.kept["perturbation"] if self.persist else None
         every_pass = self.update_every == "pass"
         with learner.autocast():
-            result = yopo_ext.yopo_step(
+            result = yopo_step(
                 learner.replica,
                 batch.x,
                 batch.y,
@@ -63,13 +63,13 @@ class Yopo(Method):
                 # Each pass makes its own update: averaging over the passes would divide each of them by m.
                 reduction="sum" if every_pass else None,
                 train_on=self.train_on,
-                init=start,
+                init="uniform" if kept is None else kept.get(batch),
                 backward=learner.backward,
                 after_pass=(lambda j: learner.update()) if every_pass else None,
                 generator=learner.generator,
             )
         if not every_pass:
             learner.update()
-        if learner.kept is not None and self.persist:
-            learner.kept.put(batch, result.perturbation)
+        if kept is not None:
+            kept.put(batch, result.perturbation)
         return Outcome(result.loss, result.logits)
