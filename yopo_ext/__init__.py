@@ -1,6 +1,7 @@
 """yopo_ext: fast adversarial training with YOPO ("You Only Propagate Once", NeurIPS 2019) for PyTorch."""
 
 from ._version import __version__
+from .build import build_info
 from .functional import FirstLayerUpdate, adversary_steps, explain, first_layer_update
 from .step import StepResult, yopo_step
 
@@ -9,6 +10,7 @@ __all__ = [
     "StepResult",
     "__version__",
     "adversary_steps",
+    "build_info",
     "explain",
     "first_layer_update",
     "yopo_step",

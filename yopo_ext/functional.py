@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import ops, validation
-from .constants import ACTIVATIONS, NORMS
-from .eligibility import Choice, choose
+from .constants import NORMS
+from .eligibility import choose
 from .validation import Constants
 
 IntOrPair = int | Sequence[int]
@@ -173,12 +173,4 @@ def adversary_steps(x: Tensor, eta: Tensor, costate: Tensor, weight: Tensor, bia
 
 def explain(x: Tensor, eta: Tensor, costate: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> str:
     """Which backend and variant `first_layer_update` would run for these arguments, and why not a faster one."""
-    options = {"need_output": True, "need_weight_grad": True, **_DEFAULTS, **options}
-    return str(choose(*_arguments(x, eta, costate, weight, bias, **options)))
-
-
-_DEFAULTS = {
-    name: default for name, default in (first_layer_update.__kwdefaults__ or {}).items()
-}
-
-__all__ = ["ACTIVATIONS", "Choice", "FirstLayerUpdate", "adversary_steps", "explain", "first_layer_update"]
+    return str(choose(*_arguments(x, eta, costate, weight, bias, **{**first_layer_update.__kwdefaults__, **options})))

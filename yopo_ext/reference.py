@@ -49,7 +49,7 @@ def activation_slope(z: Tensor, activation: int, negative_slope: float) -> Tenso
     if activation == ACTIVATIONS["relu"]:
         return (z > 0).to(z.dtype)
     if activation == ACTIVATIONS["leaky_relu"]:
-        return torch.where(z > 0, 1.0, negative_slope).to(z.dtype)
+        return torch.where(z > 0, torch.ones_like(z), negative_slope)  # two scalars would make it fp32
     if activation == ACTIVATIONS["gelu"]:
         return 0.5 * (1.0 + torch.erf(z * _SQRT_HALF)) + z * torch.exp(-0.5 * z * z) * _INV_SQRT_2PI
     if activation == ACTIVATIONS["gelu_tanh"]:

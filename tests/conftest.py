@@ -1,0 +1,9 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # policy.py, cases.py
+torch.set_num_threads(min(2, torch.get_num_threads()))
