@@ -3,7 +3,7 @@
 from ._version import __version__
 from .build import build_info
 from .functional import FirstLayerUpdate, adversary_steps, explain, first_layer_update
-from .step import StepResult, yopo_step
+from .step import StepResult, trades_yopo_step, yopo_step
 
 __all__ = [
     "FirstLayerUpdate",
@@ -13,5 +13,6 @@ __all__ = [
     "build_info",
     "explain",
     "first_layer_update",
+    "trades_yopo_step",
     "yopo_step",
 ]

@@ -38,11 +38,11 @@ def replaced_forward(replacements: dict[nn.Module, Callable[..., Any]]) -> Itera
             vars(module)["forward"] = forward
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
+        for module, own in before.items():
+            if own is None:
                 vars(module).pop("forward", None)
             else:
-                vars(module)["forward"] = forward
+                vars(module)["forward"] = own
 
 
 def _uses_batch_statistics(module: nn.Module) -> bool:

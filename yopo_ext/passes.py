@@ -49,9 +49,23 @@ def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def restored_buffers_on_error(model: nn.Module) -> Iterator[None]:
+def second_forward(model: nn.Module) -> Iterator[None]:
+    """For the second of two forward passes before one backward: a DistributedDataParallel must not write its buffers."""
+    parallel = distributed(model)
+    if parallel is None:
+        yield
+        return
+    broadcasts, parallel.broadcast_buffers = parallel.broadcast_buffers, False
+    try:
+        yield
+    finally:
+        parallel.broadcast_buffers = broadcasts
+
+
+@contextmanager
+def restored_buffers_on_error(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     """Put every buffer back to its value if the block raises."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()] if wanted else []
     try:
         yield
     except BaseException:
@@ -177,8 +191,7 @@ class Passes:
                     raise ValueError(
                         f"first_layer must run once in a forward pass; it ran {self.interposition.calls} times"
                     )
-            with torch.autocast(self.x.device.type, enabled=False):
-                self.backward(loss if scale == 1.0 else loss * scale)
+            self.descend(loss if scale == 1.0 else loss * scale)
         if len(runs) != 1:
             raise RuntimeError(
                 f"the backward pass must go through the first layer once; it did {len(runs)} times "
@@ -188,6 +201,11 @@ class Passes:
             self._adopt().verified.add(circumstances)
         assert leaf.grad is not None
         return PassResult(leaf.grad, loss.detach(), detached(output))
+
+    def descend(self, loss: Tensor) -> None:
+        """The backward pass, outside of any autocast that the forward ran under."""
+        with torch.autocast(self.x.device.type, enabled=False):
+            self.backward(loss)
 
     def _first_forward(self, now: Pass, objective: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
         """The forward of a first pass: in eager mode, with everything looked at before any gradient or buffer changes."""

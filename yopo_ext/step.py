@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,12 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
-from .attacks import AdmissibleSet
-from .constants import NORMS
-from .first_layer import Normalisation
-from .guard import NonFiniteGuard
-from .modes import frozen_parameters
-from .passes import Passes, PassResult
+from .modes import evaluating, frozen_parameters
+from .passes import restored_buffers_on_error, second_forward, unsynchronised
+from .preparation import LossFunction, Preparation
 from .validation import Constants
 
 
@@ -25,7 +23,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: scalar, of the last pass (`trades_yopo_step`: of the update), not divided by the number of passes.
-        losses: [outer_steps], the loss that each pass met, in order.
+        losses: [outer_steps], the loss that each pass met, in order (`trades_yopo_step`: the divergence).
         logits: the model's output in the last pass (`trades_yopo_step`: at the perturbed input of the update).
         perturbation: [B, C, H, W], eta after the last inner step, in the units of x.
     """
@@ -34,72 +32,6 @@ class StepResult(NamedTuple):
     losses: Tensor
     logits: Any
     perturbation: Tensor
-
-
-LossFunction = Callable[[Any, Any], Tensor]
-
-
-class _Step:
-    """The checked arguments that `yopo_step` and `trades_yopo_step` share, and what follows from them."""
-
-    def __init__(
-        self, model, x, y, *, first_layer, loss_fn, outer_steps, inner_steps, eps, step_size, norm, bounds, mean, std,
-        backward, after_pass, generator, on_nonfinite, validate,
-    ) -> None:  # fmt: skip
-        validation.model(model)
-        x = validation.images(x)
-        for name, value in (("outer_steps", outer_steps), ("inner_steps", inner_steps)):
-            validation.integer(name, value, 1)
-        for name, value in (("loss_fn", loss_fn), ("backward", backward), ("after_pass", after_pass)):
-            if not callable(value) and (name == "loss_fn" or value is not None):
-                raise TypeError(f"{name} must be callable; got {value!r}")
-        validation.choice("on_nonfinite", on_nonfinite, ("ignore", "skip", "raise"))
-        validation.generator(generator, x)
-        self.threat = validation.threat_model(eps, step_size, bounds, norm, x.shape[1])
-        normalisation = Normalisation(*validation.normalisation(mean, std, x.shape[1]))
-        eps_values, step_values, lo, hi = self.threat
-        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-        self.x = x if dense else x.contiguous()
-        self.y, self.norm, self.loss_fn = y, norm, loss_fn
-        self.generator = generator
-        self.classifies = loss_fn is F.cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss)
-        if self.classifies:
-            validation.class_labels(y, x)
-        validation.same_device("x", x, model)
-        self.passes = Passes(
-            model, first_layer, self.x, steps=inner_steps, threat=(step_values, eps_values, lo, hi, NORMS[norm]),
-            normalisation=normalisation, backward=backward,
-        )  # fmt: skip
-        self.look_at_values = validation.values_wanted(validate, x, self.passes.is_new)
-        if self.look_at_values:
-            validation.image_values(x, lo, hi)
-            self._check_labels(self.passes.classes)
-        self.guard = NonFiniteGuard(model, on_nonfinite)
-
-    def start(self, init: str | Tensor, project: bool) -> Tensor:
-        """eta_0, laid out as x."""
-        init = validation.perturbation(init, self.x)
-        if isinstance(init, Tensor):
-            eta = init
-        elif init == "zero":
-            return torch.zeros_like(self.x)
-        else:
-            eps, _, lo, hi = (v[0] if len(v) == 1 else v for v in self.threat)
-            bounds = (lo, hi) if project else (-math.inf, math.inf)
-            eta = AdmissibleSet(self.x, eps, self.norm, bounds).uniform(self.generator)  # type: ignore[arg-type]
-        return eta if eta.stride() == self.x.stride() else torch.empty_like(self.x).copy_(eta)
-
-    def objective(self, output: Any) -> Tensor:
-        """loss_fn of a model output; the first output shows how many classes there are."""
-        if self.classifies and isinstance(output, Tensor) and output.dim() >= 2 and self.passes.classes is None:
-            if self.look_at_values:
-                self._check_labels(output.shape[1])
-            self.passes.classes = output.shape[1]
-        return self.loss_fn(output, self.y)
-
-    def _check_labels(self, classes: int | None) -> None:
-        if self.classifies and classes is not None:
-            validation.label_values(self.y, classes, getattr(self.loss_fn, "ignore_index", -100))
 
 
 def yopo_step(
@@ -176,7 +108,7 @@ def yopo_step(
     if reduction is not None:
         validation.choice("reduction", reduction, ("mean", "sum"))
     mean_over_passes = reduction == "mean" or (reduction is None and gradient != "released")
-    step = _Step(
+    step = Preparation(
         model, x, y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps, inner_steps=inner_steps, eps=eps,
         step_size=step_size, norm=norm, bounds=bounds, mean=mean, std=std, backward=backward, after_pass=after_pass,
         generator=generator, on_nonfinite=on_nonfinite, validate=validate,
@@ -208,3 +140,95 @@ def yopo_step(
                         step.guard.remember()
     losses += [torch.full_like(losses[0], math.nan)] * (outer_steps - len(losses))
     return StepResult(result.loss, torch.stack(losses), result.output, eta)
+
+
+def trades_yopo_step(
+    model: nn.Module,
+    x: Tensor,
+    y: Any,
+    *,
+    beta: float = 6.0,
+    first_layer: nn.Module | str | None = None,
+    loss_fn: LossFunction = F.cross_entropy,
+    outer_steps: int = 5,
+    inner_steps: int = 3,
+    eps: Constants = 8 / 255,
+    step_size: Constants = 2 / 255,
+    norm: Literal["linf", "l2"] = "linf",
+    bounds: tuple[Constants, Constants] | None = (0.0, 1.0),
+    mean: Constants | None = None,
+    std: Constants | None = None,
+    bn_mode: Literal["eval", "train"] = "eval",
+    init: Literal["normal"] | Tensor = "normal",
+    backward: Callable[[Tensor], Any] | None = None,
+    generator: torch.Generator | None = None,
+    on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore",
+    validate: bool | None = None,
+) -> StepResult:
+    """Accumulate into `.grad` the gradient of one TRADES update whose adversary is YOPO-m-n.
+
+    m = `outer_steps` passes without weight gradients raise KL(f(x) || f(x + eta)), the clean logits computed once and held;
+    each is followed by n = `inner_steps` steps in the first layer. Then one update of
+
+        loss_fn(f(x), y) + beta * KL(f(x) || f(x + eta)) / B
+
+    with gradients through both branches. Costs 1 + 2m + 6 units.
+
+    Args:
+        beta: weight of the divergence, >= 0.
+        bn_mode: "eval" runs the adversary's passes in evaluation mode; "train" in the modes the model is in.
+        init: eta_0: "normal" is 0.001 * N(0, 1), projected; or a tensor like x, not zero, where the divergence has no gradient.
+        The others as in `yopo_step`. The model must return logits [B, classes].
+
+    Returns:
+        StepResult: loss and logits (at x + eta) of the update; losses are the divergences that the m passes met.
+
+    Raises:
+        As `yopo_step`.
+    """
+    validation.choice("bn_mode", bn_mode, ("eval", "train"))
+    validation.number("beta", beta, 0.0)
+    step = Preparation(
+        model, x, y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps, inner_steps=inner_steps, eps=eps,
+        step_size=step_size, norm=norm, bounds=bounds, mean=mean, std=std, backward=backward, after_pass=None,
+        generator=generator, on_nonfinite=on_nonfinite, validate=validate,
+    )  # fmt: skip
+    eta = step.small_start(init, 1e-3)
+    losses: list[Tensor] = []
+    with torch.enable_grad(), ExitStack() as attack:
+        attack.enter_context(frozen_parameters(model))
+        if bn_mode == "eval":
+            attack.enter_context(evaluating(model))
+        with torch.no_grad(), restored_buffers_on_error(model, step.passes.is_new), unsynchronised(model):
+            output = _logits(model(step.normalised(step.x)))
+            step.learn_classes(output)
+            clean = output.log_softmax(1)
+        for _ in range(outer_steps):
+            result = step.passes.run(
+                eta, lambda logits: _divergence(_logits(logits), clean), scale=float(max(len(x), 1)),
+                gradient_before=False, gradient_after=False, synchronise=False,
+            )  # fmt: skip
+            eta = result.eta
+            losses.append(result.loss)
+        attack.close()
+        with unsynchronised(model):
+            clean_logits = model(step.normalised(step.x))
+        with second_forward(model):
+            logits = _logits(model(step.normalised(step.x + eta)))
+        divergence = _divergence(logits, _logits(clean_logits).log_softmax(1))
+        loss = loss_fn(clean_logits, y) + beta * divergence
+        step.passes.descend(loss)
+    step.guard.accepts([*losses, loss.detach()])
+    return StepResult(loss.detach(), torch.stack(losses), logits.detach(), eta)
+
+
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        got = f"shape {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"model must return logits [B, classes]; got {got}")
+    return output if output.dtype == torch.float64 else output.float()
+
+
+def _divergence(logits: Tensor, log_reference: Tensor) -> Tensor:
+    """KL(reference || softmax(logits)) / B; with log targets, whose gradient is finite where a probability is zero."""
+    return F.kl_div(logits.log_softmax(1), log_reference, reduction="batchmean", log_target=True)

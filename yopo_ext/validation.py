@@ -56,7 +56,9 @@ def constants(name: str, value: Constants, channels: int, *, allow_infinite: boo
     if any(isinstance(v, bool) or not isinstance(v, Real) for v in values):
         raise TypeError(f"{name} must be a number or a sequence of numbers; got {value!r}")
     if len(values) not in (1, channels):
-        raise ValueError(f"{name} must be a number or have one value per input channel ({channels}); got {len(values)} values")
+        raise ValueError(
+            f"{name} must be a number or have one value per input channel ({channels}); got {len(values)} values"
+        )
     floats = [float(v) for v in values]
     if any(math.isnan(v) or (math.isinf(v) and not allow_infinite) for v in floats):
         raise ValueError(f"{name} must be finite; got {value!r}")
@@ -97,7 +99,9 @@ def tensor(name: str, value: object, shape: tuple[int | None, ...], *, like: Ten
     """A tensor of this shape (None: any size), on `like`'s device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
-    if value.dim() != len(shape) or any(want not in (None, have) for want, have in zip(shape, value.shape, strict=True)):
+    if value.dim() != len(shape) or any(
+        want not in (None, have) for want, have in zip(shape, value.shape, strict=True)
+    ):
         wanted = "[" + ", ".join("any" if s is None else str(s) for s in shape) + "]"
         raise ValueError(f"{name} must have shape {wanted}; got {list(value.shape)}")
     if like is not None and value.device != like.device:
@@ -166,7 +170,9 @@ def class_labels(y: object, x: Tensor) -> None:
         if y.dim() < 2 or len(y) != len(x):
             raise ValueError(f"y must have shape [{len(x)}, classes] when it holds probabilities; got {list(y.shape)}")
     elif y.dtype != torch.int64:
-        raise TypeError(f"y must be int64 class labels (or float probabilities); got {str(y.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"y must be int64 class labels (or float probabilities); got {str(y.dtype).removeprefix('torch.')}"
+        )
     elif y.dim() < 1 or len(y) != len(x):
         raise ValueError(f"y must have shape [{len(x)}], one label per image of x; got {list(y.shape)}")
 
@@ -180,14 +186,19 @@ def label_values(y: Tensor, classes: int, ignore_index: int) -> None:
         raise ValueError(f"y must hold labels in [0, {classes - 1}]; got {int(y[wrong][0])}")
 
 
-def perturbation(init: object, x: Tensor) -> str | Tensor:
-    """`init` as "uniform", "zero" or a perturbation of x's shape, dtype and device."""
+def perturbation(init: object, x: Tensor, allowed: Sequence[str], why: str = "") -> str | Tensor:
+    """`init` as one of the allowed words or a perturbation of x's shape, dtype and device."""
     if isinstance(init, Tensor):
         return floating("init", tensor("init", init, tuple(x.shape), like=x), (x.dtype,)).detach()
-    return choice("init", init, ("uniform", "zero"))
+    if not isinstance(init, str) or init not in allowed:
+        words = ", ".join(map(repr, allowed))
+        raise ValueError(f"init must be {words} or a tensor like x; got {init!r}" + (f" ({why})" if why else ""))
+    return init
 
 
-def normalisation(mean: Constants | None, std: Constants | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalisation(
+    mean: Constants | None, std: Constants | None, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of the same length, 1 or `channels`; empty where both are None."""
     if (mean is None) != (std is None):
         raise ValueError("mean and std must be given together; got only one of them")
@@ -224,3 +235,13 @@ def generator(value: object, x: Tensor) -> None:
         raise TypeError(f"generator must be a torch.Generator or None; got {value!r}")
     if value.device.type != x.device.type:
         raise ValueError(f"generator must be on x's device ({x.device}); got {value.device}")
+
+
+def number(name: str, value: object, minimum: float) -> float:
+    """`value` as a finite float that is at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number >= {minimum:g}; got {value!r} ({type(value).__name__})")
+    number = float(value)
+    if not (math.isfinite(number) and number >= minimum):
+        raise ValueError(f"{name} must be a finite number >= {minimum:g}; got {value}")
+    return number
