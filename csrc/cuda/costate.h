@@ -1,18 +1,14 @@
 // Reading costates and writing outputs of any dtype.
 #pragma once
 
+#include "core/narrow.h"
 #include "core/params.h"
 #include "cuda/primitives.h"
 
 namespace yopo::cuda {
 
-YOPO_DEVICE float float_from_bfloat(uint16_t bits) { return bits_float(uint32_t(bits) << 16); }
-
-YOPO_DEVICE uint16_t bfloat_from_float(float value) {  // round to nearest even, NaN stays NaN
-  const uint32_t bits = float_bits(value);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return uint16_t(bits >> 16 | 0x40u);
-  return uint16_t((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-}
+YOPO_DEVICE float float_from_bfloat(uint16_t bits) { return widen(BFloat16{bits}); }
+YOPO_DEVICE uint16_t bfloat_from_float(float value) { return narrow<BFloat16>(value).bits; }
 
 // Element `index` of an array of run-time dtype.
 template <class T>

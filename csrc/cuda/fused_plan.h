@@ -24,7 +24,7 @@ struct FusedPlan {
   int shared_bytes;
 };
 
-constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+YOPO_HD constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 struct FusedShape {  // what the plan depends on
   int channels, height, width, kernels, out_height, out_width, rows, cols;

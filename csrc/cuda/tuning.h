@@ -1,7 +1,7 @@
 // The one table of fast variants: what each takes and why it is shaped so. `choose_row` picks the first that fits.
 #pragma once
 
-#include "core/params.h"
+#include "core/macros.h"
 
 namespace yopo::cuda {
 
@@ -18,9 +18,9 @@ struct TuningRow {
   bool weights_in_registers;
   const char* reason;
 
-  constexpr int columns() const { return 8 * tiles; }
-  constexpr int weight_stride() const { return columns() + 4; }  // 4 mod 32 (tiles = 4): fragment loads free of conflicts
-  constexpr int band_stride() const { return band_pixels + 4; }  // 4 mod 16: likewise for the exchange
+  YOPO_HD constexpr int columns() const { return 8 * tiles; }
+  YOPO_HD constexpr int weight_stride() const { return columns() + 4; }  // 4 mod 32 (tiles = 4): fragment loads free of conflicts
+  YOPO_HD constexpr int band_stride() const { return band_pixels + 4; }  // 4 mod 16: likewise for the exchange
 };
 
 constexpr TuningRow kTuningTable[] = {

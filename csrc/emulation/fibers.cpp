@@ -111,6 +111,7 @@ struct Machine {
   std::vector<std::unique_ptr<Warp>> warps;
   Context scheduler;
   void* scheduler_tsan = nullptr;
+  int removed_barrier = 0;
   int current = -1, threads = 0, block = 0, blocks = 0, at_barrier = 0;
   int barrier_generation = 0;
   char begin = 0, end = 0;  // addresses for ThreadSanitizer, like the next
@@ -212,6 +213,9 @@ void set_schedule(Schedule schedule, uint64_t seed) {
   machine().schedule = schedule;
   machine().random.seed(seed);
 }
+
+void remove_barrier(int number) { machine().removed_barrier = number; }
+int removed_barrier() { return machine().removed_barrier; }
 
 void run_grid(int blocks, int threads, size_t shared_bytes, void (*body)(void*), void* context) {
   Machine& m = machine();

@@ -21,6 +21,10 @@ struct Failure : std::runtime_error {
 
 void set_schedule(Schedule schedule, uint64_t seed);
 
+// Takes the barrier of this number out of the kernels (0: none): what a test expects to be noticed.
+void remove_barrier(int number);
+int removed_barrier();
+
 // Runs body(context) in `threads` fibres for each of `blocks` blocks, one block after the other. Throws Failure.
 void run_grid(int blocks, int threads, size_t shared_bytes, void (*body)(void*), void* context);
 

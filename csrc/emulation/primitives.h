@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "core/params.h"
+#include "core/narrow.h"
 #include "emulation/fibers.h"
 #include "launch.h"
 
@@ -26,12 +26,9 @@ inline int blocks() { return emulation::grid_blocks(); }
 inline int lane() { return tid() % 32; }
 inline int warp() { return tid() / 32; }
 inline char* shared_memory() { return emulation::shared_memory(); }
-#if !defined(YOPO_REMOVED_SYNC)
-#define YOPO_REMOVED_SYNC 0
-#endif
 template <int kSite>
 inline void sync() {
-  if constexpr (kSite != YOPO_REMOVED_SYNC) emulation::block_barrier();
+  if (kSite != emulation::removed_barrier()) emulation::block_barrier();
 }
 
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
@@ -110,27 +107,8 @@ inline void store_pair(float* address, float first, float second) {
   address[1] = second;
 }
 
-inline uint16_t half_from_float(float value) {  // round to nearest even
-  const uint32_t bits = float_bits(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return uint16_t(sign | 0x7E00u);
-  if (magnitude >= 0x477FF000u) return uint16_t(sign | 0x7C00u);  // rounds to infinity
-  if (magnitude < 0x38800000u) {                                   // subnormal: let the adder round
-    const float shifted = bits_float(magnitude) + 0.5f;
-    return uint16_t(sign | (float_bits(shifted) - 0x3F000000u));
-  }
-  const uint32_t rounded = magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u);
-  return uint16_t(sign | rounded >> 13);
-}
-
-inline float float_from_half(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000u) << 16, exponent = half >> 10 & 31u, mantissa = half & 0x3FFu;
-  if (exponent == 31) return bits_float(sign | 0x7F800000u | mantissa << 13);
-  if (exponent == 0) {
-    const float value = float(mantissa) * 5.9604644775390625e-08f;
-    return sign ? -value : value;
-  }
-  return bits_float(sign | (exponent + 112) << 23 | mantissa << 13);
-}
+inline uint16_t half_from_float(float value) { return narrow<Float16>(value).bits; }
+inline float float_from_half(uint16_t half) { return widen(Float16{half}); }
 
 // ---- launching --------------------------------------------------------------------------------------------------------
 
