@@ -66,15 +66,20 @@ def status() -> NativeStatus:
     """
     info = _LIBRARY_DIR / "build_info.json"
     build: dict[str, object] = json.loads(info.read_text()) if info.exists() else {}
-    if os.environ.get("YOPO_EXT_NATIVE", "1") == "0":
-        reason = "the environment variable YOPO_EXT_NATIVE is 0"
-        return NativeStatus(False, False, reason, reason, build)
     cpu, cuda = _LIBRARY_DIR / "libyopo_ext_cpu.so", _LIBRARY_DIR / "libyopo_ext_cuda.so"
-    why_not_cpu = _load(cpu) if cpu.exists() else "the package was installed without a C++ compiler"
-    why_not_cuda = _why_not_cuda(cuda, build) or _load(cuda)
-    if why_not_cpu is not None:
+    why_not_cpu: str | None
+    why_not_cuda: str | None
+    if os.environ.get("YOPO_EXT_NATIVE", "1") == "0":
+        why_not_cpu = why_not_cuda = "the environment variable YOPO_EXT_NATIVE is 0"
+    else:
+        why_not_cpu = _load(cpu) if cpu.exists() else "the package was installed without a C++ compiler"
+        why_not_cuda = _why_not_cuda(cuda, build) or _load(cuda)
+    # A GPU whose kernels are missing is worth the same words as a missing CPU library.
+    missing = why_not_cpu or (why_not_cuda if torch.version.cuda is not None and torch.cuda.is_available() else None)
+    if missing is not None:
         warnings.warn(
-            f"yopo_ext {__version__} runs its PyTorch reference kernels: {why_not_cpu}. Results are the same, only slower.",
+            f"yopo_ext {__version__} runs its PyTorch reference kernels{'' if why_not_cpu else ' on CUDA devices'}: {missing}. "
+            "Results are the same, only slower.",
             RuntimeWarning,
             stacklevel=2,
         )

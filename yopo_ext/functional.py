@@ -27,6 +27,7 @@ class FirstLayerUpdate(NamedTuple):
     grad_shift: Tensor | None  # [K]
 
 
+@torch.compiler.assume_constant_result  # Dynamo cannot read the setting; a compiled graph keeps what it was compiled with
 def resolve_allow_tf32(allow_tf32: bool | None) -> bool:
     """None follows PyTorch's own setting for fp32 convolutions."""
     if allow_tf32 is not None:

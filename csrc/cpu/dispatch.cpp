@@ -26,11 +26,12 @@ struct Isa {
 Isa choose_isa() {
   const char* forced = std::getenv("YOPO_EXT_ISA");
   const auto allowed = [&](const char* name) { return forced == nullptr || std::strcmp(forced, name) == 0; };
-#if defined(__x86_64__)
-  __builtin_cpu_init();
+#if defined(YOPO_HAVE_AVX512)
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
     return {"avx512", avx512::first_layer_update};
+#endif
+#if defined(YOPO_HAVE_AVX2)
   if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return {"avx2", avx2::first_layer_update};
 #endif
