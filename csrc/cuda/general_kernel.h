@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kGeneralThreads) general_kernel(const __grid_c
     sync<7>();
     // 4) sums for the weight gradients
     if (want_sums) image.add_partial_sums(b == block());
-    sync<8>();  // q may be overwritten
+    // q is overwritten only behind the next image's first barrier
   }
 }
 
