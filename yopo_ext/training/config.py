@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from yopo_ext import validation
 from yopo_ext.training import methods
 from yopo_ext.training.methods import Method, ThreatModel
 from yopo_ext.training.methods.base import option
+from yopo_ext.training.models import check_model_name
 from yopo_ext.training.schedules import make_schedule
 
 
@@ -26,7 +28,7 @@ class Preset:
 
 
 PRESETS: dict[str, Preset] = {
-    "digits": Preset("digits-cnn", eps=0.15, epochs=30, batch_size=32, lr=0.1),
+    "digits": Preset("digits-cnn", eps=0.15, epochs=20, batch_size=32, lr=0.1),
 }
 
 
@@ -61,7 +63,7 @@ class TrainConfig:
     validation_steps: int = option(10, "PGD steps of the validation attack")
     select: Literal["best", "last"] = option("best", "which checkpoint is the result: best on validation, or last")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = option("32-true", "arithmetic of the passes")
-    accelerator: str = option("auto", "cpu, cuda or auto")
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run; auto: a GPU if there is one")
     devices: int = option(1, "processes, one per device")
 
 
@@ -91,6 +93,11 @@ def resolve(config: TrainConfig, method_options: dict[str, Any] | None = None) -
 
 def check(config: TrainConfig) -> None:
     """Refuse values that no run could use."""
+    hints = typing.get_type_hints(TrainConfig)
+    for name, hint in hints.items():
+        if typing.get_origin(hint) is Literal:
+            validation.choice(name, getattr(config, name), typing.get_args(hint))
+    check_model_name(config.model)
     for name, low in (("epochs", 1), ("batch_size", 1), ("validate_every", 1), ("validation_steps", 1), ("devices", 1)):
         validation.integer(name, getattr(config, name), low)
     validation.integer("seed", config.seed, 0)
@@ -130,7 +137,7 @@ class EvaluateConfig:
     samples: int | None = option(None, "only the first so many samples")
     seed: int = option(0, "seed of the attacks' random starts")
     data_dir: str | None = option(None, "folder of the data set, if not the one used in training")
-    accelerator: str = option("auto", "cpu, cuda or auto")
+    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run; auto: a GPU if there is one")
     out: str | None = option(None, "JSON file for the result")
 
 

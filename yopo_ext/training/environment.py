@@ -13,7 +13,7 @@ import torch
 
 import yopo_ext
 
-PACKAGES = ("torch", "numpy", "scikit-learn", "torchvision", "timm", "lightning-fabric")
+PACKAGES = ("torch", "numpy", "scikit-learn", "torchvision", "timm", "lightning")
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:

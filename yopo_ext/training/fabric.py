@@ -10,7 +10,7 @@ from yopo_ext.training.config import TrainConfig
 from yopo_ext.training.vision import import_torchvision
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
+    from lightning.fabric import Fabric
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -22,8 +22,8 @@ def make_fabric(config: TrainConfig) -> Fabric:
     import_torchvision(required=False)  # Fabric may import it by way of torchmetrics
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from lightning_fabric import Fabric
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+        from lightning.fabric import Fabric
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
     fabric.launch()
     return fabric

@@ -88,7 +88,8 @@ class Trainer:
         self.epochs_done, self.batches_done, self.updates, self.seconds = 0, 0, 0, 0.0
         self.best: dict[str, float] | None = None
         self.curve: list[tuple[float, float]] = []  # (training seconds, validation PGD accuracy)
-        self.shown = shown and self.fabric.global_rank == 0
+        self.leads = self.fabric.global_rank == 0  # the process that writes and prints
+        self.shown = shown and self.leads
 
     # What a method uses (methods.base.Learner).
 
@@ -154,7 +155,7 @@ class Trainer:
         result = TrainResult(
             config, self.method, self.network, self.dataset, self.seconds, self.updates, dict(self.best or {})
         )
-        if self.folder is not None and self.shown:
+        if self.folder is not None and self.leads:
             write_json(
                 self.folder / "result.json",
                 {"method": config.method, "seconds": self.seconds, "updates": self.updates, "selected": self.best},
@@ -234,7 +235,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
     def _open_folder(self) -> MetricsFile | None:
-        if self.folder is None or not self.shown:
+        if self.folder is None or not self.leads:
             return None
         metrics = MetricsFile(self.folder / "metrics.jsonl")
         write_json(
@@ -244,7 +245,7 @@ class Trainer:
         return metrics
 
     def _save(self, name: str) -> None:
-        if self.folder is None or self.fabric.global_rank != 0:
+        if self.folder is None or not self.leads:
             return
         save_checkpoint(
             self.folder / name,

@@ -9,7 +9,7 @@ from torch import nn
 
 from yopo_ext.training.models.small import digits_cnn
 
-__all__ = ["MODELS", "ModelEntry", "build_model"]
+__all__ = ["MODELS", "ModelEntry", "build_model", "check_model_name"]
 
 Builder = Callable[[int, int], nn.Module]  # (input channels, classes)
 
@@ -27,12 +27,17 @@ MODELS: dict[str, ModelEntry] = {
 }
 
 
+def check_model_name(name: str | None) -> None:
+    """Raise ValueError unless `build_model` knows this name."""
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
+
+
 def build_model(name: str, channels: int, classes: int) -> tuple[nn.Module, str | None]:
     """(model with fresh weights from the global random state, name of its first layer or None).
 
     Raises:
         ValueError: unknown name.
     """
-    if name in MODELS:
-        return MODELS[name].build(channels, classes), MODELS[name].first_layer
-    raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
+    check_model_name(name)
+    return MODELS[name].build(channels, classes), MODELS[name].first_layer

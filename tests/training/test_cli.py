@@ -1,0 +1,128 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from yopo_ext.training.cli import main
+
+TOY = ["--epochs", "1", "--batch-size", "200", "--validation-steps", "1"]
+
+
+def test_train_writes_a_run_that_evaluate_can_test(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--method", "pgd", "--steps", "2", "--eps", "1/10", "--out", str(out), *TOY]) == 0
+    assert "pgd-2: " in capsys.readouterr().out
+    assert json.loads((out / "run.json").read_text())["config"]["eps"] == 0.1
+
+    report = tmp_path / "report.json"
+    test = ["evaluate", str(out / "best.pt"), "--attacks", "pgd-2,cw-2-2", "--samples", "50", "--out", str(report)]
+    assert main(test) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(report.read_text())
+    assert written["samples"] == 50
+    assert written["worst"] <= min(written["clean"], written["pgd-2"], written["cw-2-2"])
+    assert f"{written['pgd-2']:6.2f} %" in printed
+    assert main([*test, "--dry-run"]) == 0
+    assert "50 test samples: clean, pgd-2, cw-2-2; about" in capsys.readouterr().out
+
+
+def test_compare_writes_everything(tmp_path, capsys):
+    out = tmp_path / "comparison"
+    arguments = ["--methods", "natural,pgd-10,yopo-1-2", "--seeds", "0,1", "--test-attacks", "pgd-2,pgd-3"]
+    assert main(["compare", *arguments, "--out", str(out), *TOY]) == 0
+    table = capsys.readouterr().out
+    assert (out / "comparison.txt").read_text() in table
+    assert "PGD-2 %" in table
+    assert [line.split()[0] for line in table.splitlines()[2:5]] == ["natural", "pgd-10", "yopo-1-2"]
+
+    found = json.loads((out / "comparison.json").read_text())
+    assert found["seeds"] == [0, 1]
+    assert found["environment"]["packages"]["torch"]
+    rows = {row["method"]: row for row in found["rows"]}
+    assert rows["pgd-10"]["cost"] == {"forwards": 11, "input_grads": 11, "weight_grads": 1, "total": 23}
+    assert rows["pgd-10"]["time_ratio"] == 1.0
+    assert rows["natural"]["cost_ratio"] == pytest.approx(3 / 23)
+    assert all(len(row["robust"]["pgd-3"]["per_seed"]) == 2 for row in rows.values())
+
+    runs = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    # Each seed starts with another method, so that no method always runs first.
+    assert [(r["seed"], r["method"]) for r in runs] == [
+        (0, "natural"), (0, "pgd-10"), (0, "yopo-1-2"), (1, "pgd-10"), (1, "yopo-1-2"), (1, "natural"),
+    ]  # fmt: skip
+    for method in rows:
+        for seed in (0, 1):
+            assert (out / method / f"seed-{seed}" / "best.pt").is_file()
+    assert (out / "accuracy-time.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_dry_run_estimates_and_writes_nothing(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    choice = ["--method", "fgsm-rs"] if command == "train" else ["--methods", "natural,fgsm-rs", "--seeds", "0,1,2"]
+    assert main([command, *choice, "--dry-run", *TOY]) == 0
+    printed = capsys.readouterr().out
+    assert "fgsm-rs: " in printed
+    assert "1 epochs of digits, digits-cnn, eps 0.15" in printed
+    assert "MiB" in printed
+    assert f"in all: {1 if command == 'train' else 6} runs, training" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_yaml_and_command_line_combine(tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("method: yopo\nouter_steps: 2\npersist: true\neps: 8/255\nepochs: 1\nbatch_size: 200\n")
+    out = tmp_path / "run"
+    options = ["--inner-steps", "4", "--update-every", "pass", "--out", str(out)]
+    assert main(["train", "--config", str(settings), *options]) == 0
+    config = json.loads((out / "run.json").read_text())["config"]
+    assert config["method"] == "yopo-2-4:update-every=pass:persist=True"
+    assert config["eps"] == 8 / 255
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--method", "pgd", "--outer-steps", "2"], "outer_steps is no option of method 'pgd'"),
+        (["train", "--dataset", "letters"], "dataset must be one of"),
+        (["train", "--eps", "8"], "looks like 0..255 units: use 8/255"),
+        (["train", "--warmup", "2"], "warmup must be a fraction"),
+        (["compare", "--model", "net"], "model must be one of"),
+        (["compare", "--methods", "natural,natural"], "methods must be a list without repetitions"),
+        (["compare", "--methods", "natural,sgd"], "method must be one of"),
+        (["compare", "--test-attacks", "fgsm"], "attack must look like pgd-20"),
+        (["evaluate", "nothing.pt"], "no checkpoint at nothing.pt"),
+    ],
+)
+def test_bad_requests_end_with_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--eps", "8/0"], "must be a number or a fraction such as 8/255; got '8/0'"),
+        (["train", "--epochs", "many"], "many"),
+        (["train", "--accelerator", "abacus"], "abacus"),
+        (["train", "--epoch-count", "3"], "unrecognized arguments"),
+        (["compare", "--seeds", "a,b"], 'Parser key "seeds"'),
+        ([], "subcommand"),
+    ],
+)
+def test_unparsable_requests_exit_with_status_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "yopo_ext", "train", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--outer-steps" in done.stdout

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import nn
+
+from yopo_ext.training.data import Split
+from yopo_ext.training.evaluation import PgdAttack, evaluate, parse_attack, passes, true_fp32
+from yopo_ext.training.methods import ThreatModel
+
+THREAT = ThreatModel(0.1)
+
+
+class Threshold(nn.Module):
+    """Predicts 1 where the only pixel exceeds one half."""
+
+    def forward(self, x):
+        pixel = x.flatten(1).sum(1)
+        return torch.stack([0.5 - pixel, pixel - 0.5], 1)
+
+
+def test_accuracies_of_a_model_that_can_be_worked_out_by_hand():
+    pixels = torch.tensor([0, 100, 115, 120, 135, 140, 155, 255], dtype=torch.uint8)  # / 255; one half is 127.5
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
+    found = evaluate(
+        Threshold(), Split(pixels.view(-1, 1, 1, 1), labels, 1 / 255), THREAT,
+        [PgdAttack(10), PgdAttack(5, 2, "margin")], batch_size=3,
+    )  # fmt: skip
+    # eps is 25.5 grey levels: 0, 100, 155 and 255 stay on their side; 120 is wrong from the start.
+    assert found.clean == pytest.approx(100 * 7 / 8)
+    assert found.robust == {"pgd-10": pytest.approx(50.0), "cw-5-2": pytest.approx(50.0)}
+    assert found.worst == pytest.approx(50.0)
+    assert found.samples == 8
+
+
+def test_it_restores_modes_and_repeats_itself(few_digits):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.BatchNorm1d(32), nn.Linear(32, 10))
+    model[3].eval()
+    first = evaluate(model, few_digits.test, THREAT, [PgdAttack(3)])
+    assert first == evaluate(model, few_digits.test, THREAT, [PgdAttack(3)])
+    assert model[2].training
+    assert not model[3].training
+
+
+def test_normalisation_is_the_threat_models_business(few_digits):
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    normalised = ThreatModel(0.1, mean=(0.3,), std=(0.5,))
+
+    class Normalised(nn.Module):
+        def forward(self, x):
+            return linear((x - 0.3) / 0.5)
+
+    attacks = [PgdAttack(3)]
+    assert evaluate(linear, few_digits.test, normalised, attacks) == evaluate(
+        Normalised(), few_digits.test, THREAT, attacks
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "attack"),
+    [
+        ("pgd-20", PgdAttack(20)),
+        ("pgd-50-10", PgdAttack(50, 10)),
+        ("cw-50-10", PgdAttack(50, 10, "margin")),
+        ("cw-5", PgdAttack(5, 1, "margin")),
+    ],
+)
+def test_attacks_by_name(text, attack):
+    assert parse_attack(text) == attack
+    assert attack.name == text
+
+
+@pytest.mark.parametrize("text", ["pgd", "pgd-0", "pgd-5-3-2", "fgsm-3", "pgd-x", ""])
+def test_bad_attack_names(text):
+    with pytest.raises(ValueError, match="attack must look like pgd-20"):
+        parse_attack(text)
+
+
+def test_passes():
+    assert passes([]) == 1
+    assert passes([PgdAttack(20)]) == 42
+    assert passes([PgdAttack(20), PgdAttack(5, 2)]) == 42 + 1 + 2 * 11
+
+
+def test_fp32_is_fp32_inside_the_block_only():
+    convolution = torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+    convolution.fp32_precision = "tf32"
+    try:
+        with true_fp32():
+            assert convolution.fp32_precision == "ieee"
+        assert convolution.fp32_precision == "tf32"
+    finally:
+        convolution.fp32_precision = before
