@@ -132,7 +132,7 @@ def test_gradients_are_accumulated_and_averaged() -> None:
 
 
 def test_train_on_last_gives_the_gradient_at_the_last_perturbation_only() -> None:
-    x, y, eta = batch()
+    x, y, _eta = batch()
     model, other = small(), small()
     last = step(model, outer_steps=3, train_on="last", gradient="full")
     before = step(other, outer_steps=2, gradient="full").perturbation
@@ -426,7 +426,7 @@ def test_batch_norm_moves_once_per_pass(stem: str) -> None:
 
 
 def test_channels_last_and_strided_inputs() -> None:
-    x, y, eta = batch()
+    x, _y, _eta = batch()
     expected = step(small())
     for given in (
         x.to(memory_format=torch.channels_last),

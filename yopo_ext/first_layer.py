@@ -177,7 +177,7 @@ def matches(observed: Tensor, expected: Tensor) -> bool:
 
 _ELEMENTWISE = frozenset(
     f"{name}Backward0"
-    for name in "Sub Rsub Add Mul Div Neg ToCopy Clone Alias View UnsafeView Expand Select Slice Stack Cat Unbind Split".split()
+    for name in "Sub Rsub Add Mul Div Neg ToCopy Clone Alias View UnsafeView Expand Select Slice Unsqueeze Stack Cat Unbind Split".split()
 )
 
 

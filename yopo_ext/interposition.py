@@ -67,12 +67,18 @@ class Interposition:
         self.now: Any = None
         self.mean: list[float] = []
         self.std: list[float] = []
-        self.calls = 0  # with gradients enabled; a checkpoint's recomputation comes after this is read
-        self.evaluations = 0
+        self.calls = 0  # a checkpoint calls once more, in the backward pass
+        self.recomputed = False  # a reentrant checkpoint runs the layer without gradients first
         if isinstance(plan, OpaqueLayer):
             warnings.warn(
                 f"the first layer runs through autograd, at eager speed: {plan.reason}", UserWarning, stacklevel=2
             )
+
+    def check_channels(self, x: Tensor) -> None:
+        """ValueError if x cannot be the layer's input."""
+        channels = self.plan.conv.in_channels if isinstance(self.plan, FusedLayer) else x.shape[1]
+        if x.shape[1] != channels:
+            raise ValueError(f"x must have the {channels} channels of the first layer; got {x.shape[1]}")
 
     @contextmanager
     def installed(self, now: Pass) -> Iterator[None]:
@@ -87,7 +93,7 @@ class Interposition:
 
     def begin(self, now: Pass) -> None:
         """Forget the last pass."""
-        self.now, self.calls, self.evaluations = now, 0, 0
+        self.now, self.calls = now, 0
         self._compose()
 
     def _compose(self) -> None:
@@ -113,8 +119,9 @@ class Interposition:
     def _observe(self, observed: Tensor) -> None:
         """Count the call and compare the layer's input with what the node takes it to be."""
         now = self.now
-        self.evaluations += 1
-        self.calls += torch.is_grad_enabled()
+        self.calls += 1
+        if self.calls == 1:
+            self.recomputed = not torch.is_grad_enabled()
         if not (now.first or observed.device.type == "cpu"):
             return
         inner = now.normalisation_before(observed, self.inner)
@@ -144,7 +151,7 @@ class Interposition:
                 tensors = (now.eta, now.x, conv.weight, conv.bias, norm.weight, norm.bias)
                 node: Any = first_layer_batch_norm_node if compiling else FirstLayerBatchNormNode.apply
                 y, mean, variance, _ = node(*tensors, *settings, norm.eps)
-                if norm.training and norm.running_mean is not None and (compiling or self.evaluations == 1):
+                if norm.training and norm.running_mean is not None and (compiling or self.calls == 1):
                     _update_running_statistics(norm, mean.detach(), variance.detach())
                 return y
             scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -202,6 +209,7 @@ class Discovery:
                     self.passed_over.append(f"{type(layer).__name__} on an input of shape {list(observed.shape)}")
                 else:
                     self.found = Interposition(layer, self.plans[layer], original)
+                    self.found.check_channels(observed)
                     self.found.begin(self.now)
             mine = self.found is not None and self.found.layer is layer
             return self.found(observed) if mine else original(observed)  # type: ignore[misc]

@@ -75,19 +75,20 @@ def restored_buffers_on_error(model: nn.Module, wanted: bool = True) -> Iterator
         raise
 
 
-def _reaches(output: Tensor, leaf: Tensor) -> bool:
-    """Whether autograd leads from `output` to `leaf`."""
+def _leaves(output: Tensor) -> set[Tensor]:
+    """The leaves that autograd leads to from `output` (tensors hash by identity)."""
     seen: set[Any] = set()
+    leaves: set[Tensor] = set()
     stack = [output.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if getattr(node, "variable", None) is leaf:
-            return True
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
         stack += [following for following, _ in node.next_functions]
-    return False
+    return leaves
 
 
 class Passes:
@@ -103,6 +104,8 @@ class Passes:
         self.allow_tf32 = resolve_allow_tf32(None)
         self.base = list(layers.unwrapped(model))[-1]
         self.interposition = self._lookup()
+        if isinstance(self.interposition, Interposition):
+            self.interposition.check_channels(x)
 
     # --- which layer ---
 
@@ -135,7 +138,8 @@ class Passes:
         )
         if layer is None:
             return Discovery({m: layers.describe(m, self.x) for m in layers.candidates(self.base)})
-        return Interposition(layer, layers.describe(layer, self.x))
+        same = next((other for other in known.values() if other.layer is layer), None)
+        return same or Interposition(layer, layers.describe(layer, self.x))
 
     def _adopt(self) -> Interposition:
         """Settle for the layer that a first pass went through."""
@@ -144,9 +148,7 @@ class Passes:
         if found is None or at.calls == 0:
             raise ValueError(self._never_ran(at))
         if at.calls > 1:
-            raise ValueError(
-                f"first_layer must run once in a forward pass; the {type(found.layer).__name__} ran {at.calls} times"
-            )
+            raise ValueError(self._ran_often(found))
         found.classes = at.classes
         self.interposition = found
         if found.layer is not self.model:  # (the entry would keep its own key alive)
@@ -156,9 +158,13 @@ class Passes:
     def _never_ran(self, at: Interposition | Discovery) -> str:
         if isinstance(at, Interposition):
             name = repr(self.first_layer) if isinstance(self.first_layer, str) else f"the {type(at.layer).__name__}"
-            return f"first_layer must be a layer that the model runs with gradients enabled; {name} did not run"
+            return f"first_layer must be a layer that the model runs; {name} did not run"
         met = f" (the first one ran was a {at.passed_over[0]})" if at.passed_over else ""
         return f"first_layer=None found no Conv2d or Linear that runs on the model's input{met}: name the first layer"
+
+    @staticmethod
+    def _ran_often(at: Interposition) -> str:
+        return f"first_layer must run once in a forward pass; the {type(at.layer).__name__} ran {at.calls} times"
 
     # --- one pass ---
 
@@ -166,10 +172,10 @@ class Passes:
         self, eta: Tensor, objective: Callable[[Any], Tensor], *, gradient_before: bool, gradient_after: bool,
         scale: float = 1.0, synchronise: bool = True,
     ) -> PassResult:  # fmt: skip
-        """Forward at x + eta, `objective` of the output, backward of `scale` times that; returns the moved perturbation."""
+        """Forward at x + eta, `objective` of the output, backward of `scale` times it; returns the perturbation moved."""
         leaf = eta.detach().requires_grad_()
-        runs: list[Tensor] = []
-        leaf.register_post_accumulate_grad_hook(lambda t: runs.append(t))
+        reached: list[Tensor] = []
+        leaf.register_post_accumulate_grad_hook(reached.append)
         with torch.no_grad():
             u = normalised(self.x + eta, self.normalisation.mean, self.normalisation.std)
         circumstances = (self.base.training, bool(self.normalisation.mean))
@@ -182,24 +188,16 @@ class Passes:
             if not synchronise:
                 stack.enter_context(unsynchronised(self.model))
             stack.enter_context(self.interposition.installed(now))
-            if first:
-                output, loss = self._first_forward(now, objective)
-            else:
-                output = self.model(u)
-                loss = self._scalar(objective(output))
-                if self.interposition.calls > 1:
-                    raise ValueError(
-                        f"first_layer must run once in a forward pass; it ran {self.interposition.calls} times"
-                    )
+            output, loss = self._first_forward(now, objective) if first else self._forward(now, objective)
             self.descend(loss if scale == 1.0 else loss * scale)
-        if len(runs) != 1:
+        assert isinstance(self.interposition, Interposition)
+        if len(reached) != 1 or leaf.grad is None or now.given.grad is not None:
             raise RuntimeError(
-                f"the backward pass must go through the first layer once; it did {len(runs)} times "
-                f"(a first layer inside a reentrant checkpoint, or a `backward` that does not run one backward pass)"
+                f"the backward pass must reach the input through the first layer, once; it did {len(reached)} times"
+                + (", and by another path inside a reentrant checkpoint" if now.given.grad is not None else "")
+                + ("" if reached else ": `backward` must run one backward pass")
             )
-        if first:
-            self._adopt().verified.add(circumstances)
-        assert leaf.grad is not None
+        self.interposition.verified.add(circumstances)
         return PassResult(leaf.grad, loss.detach(), detached(output))
 
     def descend(self, loss: Tensor) -> None:
@@ -207,23 +205,33 @@ class Passes:
         with torch.autocast(self.x.device.type, enabled=False):
             self.backward(loss)
 
+    def _forward(self, now: Pass, objective: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
+        assert isinstance(self.interposition, Interposition)
+        if self.interposition.recomputed:
+            now.given.requires_grad_()  # a reentrant checkpoint has a backward only if its input wants one
+        output = self.model(now.given)
+        if self.interposition.calls > 1:
+            raise ValueError(self._ran_often(self.interposition))
+        return output, self._scalar(objective(output))
+
     def _first_forward(self, now: Pass, objective: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
-        """The forward of a first pass: in eager mode, with everything looked at before any gradient or buffer changes."""
-        probe = now.given.clone().requires_grad_()
-        now.given = probe
+        """The forward of a first pass: in eager mode, everything looked at before any gradient or buffer changes."""
+        now.given.requires_grad_()
         with restored_buffers_on_error(self.model), torch.compiler.set_stance("force_eager"):
-            output = self.model(probe)
+            output = self.model(now.given.clone())  # a model may overwrite its input
             found = self._adopt()
             loss = self._scalar(objective(output))
-            if _reaches(loss, probe):
+            name = type(found.layer).__name__
+            reached = _leaves(loss)
+            if found.recomputed and now.given in reached:
+                return output, loss  # what is inside a reentrant checkpoint shows only in the backward pass
+            if now.given in reached:
                 raise ValueError(
-                    f"first_layer must be the only way from the input to the output; the model also uses its input beside the "
-                    f"{type(found.layer).__name__}: give a first_layer that contains every use of it"
+                    f"first_layer must be the only way from the input to the output; the model also uses its input beside "
+                    f"the {name}: give a first_layer that contains every use of it"
                 )
-            if not _reaches(loss, now.eta):
-                raise ValueError(
-                    f"first_layer must lead to the loss; the loss does not depend on the {type(found.layer).__name__}"
-                )
+            if now.eta not in reached:
+                raise ValueError(f"first_layer must lead to the loss; the loss does not depend on the {name}")
         return output, loss
 
     @staticmethod
