@@ -1,6 +1,8 @@
 // Layer 1, CPU. Between the caller's strided tensors and the flat planes the contractions run on.
 #pragma once
 
+#include <type_traits>
+
 #include "core/geometry.h"
 #include "core/narrow.h"
 #include "core/params.h"
@@ -27,6 +29,27 @@ YOPO_HD PlaneWindow plane_window(const Params& p, int64_t row_stride, int64_t pl
   return w;
 }
 
+// A row between two element types. Rows are short: whole vectors, the last one overlapping, beat a library copy.
+template <class To, class From>
+YOPO_HD void copy_row(const From* __restrict from, To* __restrict to, int64_t count) {
+  if constexpr (std::is_same_v<To, From>) {
+    constexpr int64_t kStep = kLanes<To>;
+    if (count >= kStep) {
+      int64_t i = 0;
+      for (; i + kStep <= count; i += kStep) store(to + i, load(from + i));
+      if (i < count) store(to + count - kStep, load(from + count - kStep));
+      return;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (sizeof(To) > sizeof(From)) {
+      to[i] = static_cast<To>(widen(from[i]));
+    } else {
+      to[i] = narrow<To>(from[i]);
+    }
+  }
+}
+
 // One image [C, H, W] between strided memory and a dense row-major copy.
 template <class T>
 void gather_image(const Params& p, const T* from, const int64_t* strides, T* to) {
@@ -34,7 +57,7 @@ void gather_image(const Params& p, const T* from, const int64_t* strides, T* to)
     for (int64_t h = 0; h < p.height; ++h, to += p.width) {
       const T* row = from + c * strides[1] + h * strides[2];
       if (strides[3] == 1) {
-        std::memcpy(to, row, static_cast<size_t>(p.width) * sizeof(T));
+        copy_row(row, to, p.width);
       } else {
         for (int64_t w = 0; w < p.width; ++w) to[w] = row[w * strides[3]];
       }
@@ -47,7 +70,7 @@ void scatter_image(const Params& p, const T* from, T* to, const int64_t* strides
     for (int64_t h = 0; h < p.height; ++h, from += p.width) {
       T* row = to + c * strides[1] + h * strides[2];
       if (strides[3] == 1) {
-        std::memcpy(row, from, static_cast<size_t>(p.width) * sizeof(T));
+        copy_row(from, row, p.width);
       } else {
         for (int64_t w = 0; w < p.width; ++w) row[w * strides[3]] = from[w];
       }
@@ -82,7 +105,7 @@ void gather_costate(const Params& p, const P* from, const int64_t* strides, int6
       const P* row = from + k * strides[1] + h * strides[2];
       T* to = out + k * out_stride + h * row_stride;
       if (strides[3] == 1) {
-        for (int64_t w = 0; w < p.out_width; ++w) to[w] = static_cast<T>(widen(row[w]));
+        copy_row(row, to, p.out_width);
       } else {
         for (int64_t w = 0; w < p.out_width; ++w) to[w] = static_cast<T>(widen(row[w * strides[3]]));
       }
@@ -106,7 +129,7 @@ void scatter_output(const Params& p, const T* from, int64_t from_stride, int64_t
       P* row = to + k * strides[1] + h * strides[2];
       const T* source = from + k * from_stride + h * row_stride;
       if (strides[3] == 1) {
-        for (int64_t w = 0; w < p.out_width; ++w) row[w] = narrow<P>(source[w]);
+        copy_row(source, row, p.out_width);
       } else {
         for (int64_t w = 0; w < p.out_width; ++w) row[w * strides[3]] = narrow<P>(source[w]);
       }

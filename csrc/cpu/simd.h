@@ -43,11 +43,20 @@ template <class T>
 YOPO_HD void store(T* to, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = v;
 }
-template <class T>
-YOPO_HD double lane_sum(const T* lanes) {
-  double sum = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) sum += static_cast<double>(lanes[i]);
-  return sum;
+// The sum of a vector's lanes, by halves: always in the same order.
+template <class T, int kBytes>
+struct Halves {
+  typedef T Half __attribute__((vector_size(kBytes / 2)));
+};
+template <class T, int kBytes = YOPO_VECTOR_BYTES, class V>
+YOPO_HD T lane_sum(V v) {
+  if constexpr (kBytes == 2 * sizeof(T)) {
+    return v[0] + v[1];
+  } else {
+    typename Halves<T, kBytes>::Half half[2];
+    std::memcpy(half, &v, kBytes);
+    return lane_sum<T, kBytes / 2>(half[0] + half[1]);
+  }
 }
 
 YOPO_HD int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }

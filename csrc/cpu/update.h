@@ -65,23 +65,18 @@ class Update {
 
  private:
   void run_image(int64_t image, ImagePlanes<T>& planes) const {
-    // 1) Read the image, its perturbation and, once, its costate.
+    // 1) Read the image and its perturbation; the costate is read once too, block by block, when a block is first used.
     gather_image(p_, static_cast<const T*>(p_.x) + image * p_.x_strides[0], p_.x_strides, planes.x);
     gather_image(p_, static_cast<const T*>(p_.eta) + image * p_.eta_strides[0], p_.eta_strides, planes.eta);
-    if (p_.steps > 0 || p_.grad_weight != nullptr)
-      with_costate_type(p_.costate_dtype, [&](auto* type) {
-        using P = std::remove_pointer_t<decltype(type)>;
-        gather_costate(p_, static_cast<const P*>(p_.costate) + image * p_.costate_strides[0], p_.costate_strides,
-                       p_.kernels, geometry_.row_stride, planes.costate, l_.costate_plane);
-      });
+    CostateReader costate{this, image, planes.costate, false};
     // 2) The inner steps: one gradient for all of them where f0 is affine.
     if (p_.affine() && p_.steps > 0) {
-      affine_gradient(planes);
+      affine_gradient(planes, costate);
       step(planes, p_.steps, true);
     } else {
       for (int64_t i = 0; i < p_.steps; ++i) {
         set_input(planes, true);
-        nonlinear_gradient(planes);
+        nonlinear_gradient(planes, costate);
         step(planes, 1, i == 0);
       }
     }
@@ -89,8 +84,28 @@ class Update {
     // 3) Output and weight gradients at the new perturbation.
     if (p_.output == nullptr && p_.grad_weight == nullptr) return;
     set_input(planes, false);
-    outputs(image, planes);
+    outputs(image, planes, costate);
   }
+
+  // The costate planes of one image: gathered block by block in the first pass over them, from then on at hand.
+  struct CostateReader {
+    const Update* update;
+    int64_t image;
+    T* planes;
+    bool complete;
+
+    const T* block(int64_t kernel, int64_t count) const {
+      const Params& p = update->p_;
+      T* to = planes + kernel * update->l_.costate_plane;
+      if (!complete)
+        with_costate_type(p.costate_dtype, [&](auto* type) {
+          using P = std::remove_pointer_t<decltype(type)>;
+          const P* from = static_cast<const P*>(p.costate) + image * p.costate_strides[0] + kernel * p.costate_strides[1];
+          gather_costate(p, from, p.costate_strides, count, update->geometry_.row_stride, to, update->l_.costate_plane);
+        });
+      return to;
+    }
+  };
 
   void step(ImagePlanes<T>& planes, int64_t steps, bool first) const {
     collect_gradient(planes);
@@ -135,7 +150,7 @@ class Update {
       for_each_row(c, [&](const T* row, int64_t to, int64_t step, int64_t count) {
         T* g = planes.gradient + to;
         if (step == 1 && !p_.std.present()) {
-          std::memcpy(g, row, static_cast<size_t>(count) * sizeof(T));
+          copy_row(row, g, count);
         } else {
           for (int64_t j = 0; j < count; ++j) g[j * step] = row[j] / std;
         }
@@ -192,12 +207,12 @@ class Update {
       }
   }
 
-  void affine_gradient(ImagePlanes<T>& planes) const {
+  void affine_gradient(ImagePlanes<T>& planes, CostateReader& costate) const {
     clear_gradient(planes);
     for_each_kernel_block([&](int64_t group, int64_t k, int64_t count) {
-      const T* costate = planes.costate + (group * l_.group_kernels + k) * l_.costate_plane;
-      add_gradient(planes, group, k, costate, count);
+      add_gradient(planes, group, k, costate.block(group * l_.group_kernels + k, count), count);
     });
+    costate.complete = true;
   }
 
   // Pre-activations of a block of output channels, into planes.output.
@@ -236,21 +251,22 @@ class Update {
     });
   }
 
-  void nonlinear_gradient(ImagePlanes<T>& planes) const {
+  void nonlinear_gradient(ImagePlanes<T>& planes, CostateReader& costate) const {
     clear_gradient(planes);
     for_each_kernel_block([&](int64_t group, int64_t k, int64_t count) {
       pre_activations(planes, group, k, count);
-      mask_costate(planes, planes.costate + (group * l_.group_kernels + k) * l_.costate_plane, count);
+      mask_costate(planes, costate.block(group * l_.group_kernels + k, count), count);
       add_gradient(planes, group, k, planes.masked_costate, count);
     });
+    costate.complete = true;
   }
 
-  void outputs(int64_t image, ImagePlanes<T>& planes) const {
+  void outputs(int64_t image, ImagePlanes<T>& planes, CostateReader& reader) const {
     const bool need_output = p_.output != nullptr, need_weights = p_.grad_weight != nullptr;
     const bool mask = need_weights && !p_.affine();
     for_each_kernel_block([&](int64_t group, int64_t k, int64_t count) {
       const int64_t kernel = group * l_.group_kernels + k;
-      const T* costate = planes.costate + kernel * l_.costate_plane;
+      const T* costate = need_weights ? reader.block(kernel, count) : nullptr;
       // a) Pre-activations of the block, and from them the masked costate and the output.
       if (need_output || mask) pre_activations(planes, group, k, count);
       if (mask) mask_costate(planes, costate, count);
@@ -275,18 +291,25 @@ class Update {
         wgrad<T, decltype(width)::value>(q + i * l_.costate_plane, l_.costate_plane, u, weights_.forward_offsets,
                                          l_.products, geometry_.out_size, planes.weight_sums + (kernel + i) * stride, stride);
       });
+    if (p_.grad_bias == nullptr && p_.grad_scale == nullptr && p_.grad_shift == nullptr) return;
     for (int64_t i = 0; i < count; ++i) {
       T* sums = planes.costate_sums + (kernel + i) * kLanes<T>;
-      Vec<T> acc = load(sums);
-      for (int64_t at = 0; at < geometry_.out_size; at += kLanes<T>) acc += load(q + i * l_.costate_plane + at);
-      store(sums, acc);
+      const T* from = q + i * l_.costate_plane;
+      constexpr int64_t kStep = kLanes<T>, kApart = 4;  // sums apart, to hide the latency of additions
+      Vec<T> acc[kApart] = {load(sums)};
+      int64_t at = 0;
+      for (; at + kApart * kStep <= geometry_.out_size; at += kApart * kStep)
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kApart; ++j) acc[j] += load(from + at + j * kStep);
+      for (; at < geometry_.out_size; at += kStep) acc[0] += load(from + at);
+      store(sums, (acc[0] + acc[1]) + (acc[2] + acc[3]));
     }
   }
 
   void reduce_lanes(ImagePlanes<T>& planes, double* to) const {
     const int64_t sums = p_.kernels * l_.products;
-    for (int64_t i = 0; i < sums; ++i) to[i] = lane_sum(planes.weight_sums + i * kLanes<T>);
-    for (int64_t k = 0; k < p_.kernels; ++k) to[sums + k] = lane_sum(planes.costate_sums + k * kLanes<T>);
+    for (int64_t i = 0; i < sums; ++i) to[i] = static_cast<double>(lane_sum<T>(load(planes.weight_sums + i * kLanes<T>)));
+    for (int64_t k = 0; k < p_.kernels; ++k) to[sums + k] = static_cast<double>(lane_sum<T>(load(planes.costate_sums + k * kLanes<T>)));
     std::memset(planes.weight_sums, 0, static_cast<size_t>(sums * kLanes<T>) * sizeof(T));
     std::memset(planes.costate_sums, 0, static_cast<size_t>(p_.kernels * kLanes<T>) * sizeof(T));
   }
