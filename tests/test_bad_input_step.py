@@ -31,7 +31,7 @@ CASES: list[tuple[dict, type[Exception], str]] = [
     ({"x": with_pixel(1.01)}, ValueError, r"x must lie in bounds, \(0, 1\); got values from .* to 1.01"),
     ({"x": 255 * X}, ValueError, "x must lie in bounds"),
     ({"x": X.to("meta")}, ValueError, r"(x|y) must be on .* device"),
-    ({"x": X[:, :2]}, ValueError, "x must have the 3 channels of the first layer; got 2"),
+    ({"x": X[:, :2]}, ValueError, "x must have as many channels as first_layer takes, 3; got 2"),
     # labels
     ({"y": Y[:3]}, ValueError, r"y must have shape \[4\], one label per image of x; got \[3\]"),
     ({"y": torch.tensor([0, 1, 2, 5])}, ValueError, r"y must hold labels in \[0, 4\]; got 5"),
@@ -77,7 +77,7 @@ CASES: list[tuple[dict, type[Exception], str]] = [
     ({"first_layer": "second"}, ValueError, "first_layer must name a submodule of model; got 'second'"),
     ({"first_layer": nn.Conv2d(3, 6, 3)}, ValueError, "first_layer must be a submodule of model"),
     ({"first_layer": 0}, TypeError, "first_layer must be a module, its dotted name or None"),
-    ({"first_layer": "rest.2"}, ValueError, "first_layer must take the model's input"),
+    ({"first_layer": "rest.2"}, ValueError, "x must have as many channels as first_layer takes, 6; got 3"),
     ({"first_layer": "unused"}, ValueError, "first_layer must be a layer that the model runs; 'unused' did not run"),
     ({"model": lambda x: x}, TypeError, "model must be a torch.nn.Module; got function"),
     ({"model": nn.DataParallel(nn.Conv2d(3, 6, 3))}, TypeError, "model must not be a DataParallel"),
@@ -114,8 +114,12 @@ def test_yopo_step_refuses(changes: dict, error: type[Exception], message: str, 
 
 NOT_IN_TRADES = {"gradient", "reduction", "train_on", "init", "after_pass", "loss_fn"}
 TRADES_CASES = [
-    *[case for case in CASES if not NOT_IN_TRADES & case[0].keys() and "channels of the first layer" not in case[2]],
-    ({"x": X[:, :2], "first_layer": "first"}, ValueError, "x must have the 3 channels of the first layer; got 2"),
+    *[case for case in CASES if not NOT_IN_TRADES & case[0].keys() and "takes, 3" not in case[2]],
+    (
+        {"x": X[:, :2], "first_layer": "first"},
+        ValueError,
+        "x must have as many channels as first_layer takes, 3; got 2",
+    ),
     ({"init": "zero"}, ValueError, "init must be 'normal' or a tensor like x; got 'zero' .*no gradient"),
     ({"init": torch.zeros_like(X)}, ValueError, "init must not be all zero"),
     ({"beta": -1.0}, ValueError, "beta must be a finite number >= 0; got -1.0"),

@@ -78,7 +78,7 @@ class Interposition:
         """ValueError if x cannot be the layer's input."""
         channels = self.plan.conv.in_channels if isinstance(self.plan, FusedLayer) else x.shape[1]
         if x.shape[1] != channels:
-            raise ValueError(f"x must have the {channels} channels of the first layer; got {x.shape[1]}")
+            raise ValueError(f"x must have as many channels as first_layer takes, {channels}; got {x.shape[1]}")
 
     @contextmanager
     def installed(self, now: Pass) -> Iterator[None]:

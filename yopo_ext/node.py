@@ -12,7 +12,8 @@ steps keep the statistics of the forward pass, the parameter gradients are taken
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ def _costate(p: Tensor, x: Tensor) -> Tensor:
 def update(*arguments: Any) -> tuple[Tensor, ...]:
     op = ops.first_layer_update if choose(*arguments).native else ops.first_layer_update_reference
     return op(*arguments)
+
+
+def _in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Without autocast, whose casts a compiler would otherwise carry from the forward pass into the backward pass."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, p: Tensor, *rest: Any) -> Any:
+        with torch.autocast(p.device.type, enabled=False):
+            return backward(ctx, p, *rest)
+
+    return wrapped
 
 
 def _as(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
@@ -115,6 +127,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.settings = inputs[6:]
 
 
+@_in_full_precision
 def _backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:
     eta, x, weight, bias, scale, shift = ctx.saved_tensors
     geometry, (steps, *threat), (before, after, allow_tf32, _) = ctx.settings[:8], ctx.settings[8:14], ctx.settings[14:]
@@ -230,6 +243,7 @@ def _weight_gradients_through_statistics(
     return [grad_weight, grad_bias, grad_gamma, grad_beta]
 
 
+@_in_full_precision
 def _backward_batch_norm(ctx: Any, p: Tensor, *_: Tensor) -> tuple[Any, ...]:
     eta, x, weight, bias, gamma, beta, batch_mean, inverse_std = ctx.saved_tensors
     geometry, (steps, *threat) = ctx.settings[:8], ctx.settings[8:14]

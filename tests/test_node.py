@@ -1,0 +1,227 @@
+"""The autograd node: as an operator, and under torch.compile."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from step_oracle import batch, network
+from torch import Tensor, nn
+
+from yopo_ext import adversary_steps, node, trades_yopo_step, yopo_step
+from yopo_ext.constants import ACTIVATIONS
+
+EPS, SIGMA = 0.1, 0.03
+THREAT = (2, [SIGMA], [EPS], [0.0], [1.0], 0)
+
+
+def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    x = torch.rand(2, 4, 6, 5, generator=generator, dtype=dtype)
+    return {
+        "eta": 0.05 * draw(2, 4, 6, 5), "x": x, "weight": draw(6, 2, 3, 3), "bias": draw(6), "scale": draw(6), "shift": draw(6),
+    }  # fmt: skip
+
+
+def settings(before: bool = False, after: bool = True, dtype: torch.dtype = torch.float64, activation: str = "silu"):
+    geometry = ([0.5], [0.25], [2, 1], [1, 2], [1, 1], 2, ACTIVATIONS[activation], 0.0)
+    return (*geometry, *THREAT, before, after, False, dtype)
+
+
+@pytest.mark.parametrize("wanted", ["all", "eta", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_operator_passes_opcheck(wanted: str, dtype: torch.dtype) -> None:
+    given = tensors(torch.float64 if dtype == torch.float64 else torch.float32)
+    for name, t in given.items():
+        t.requires_grad_(name != "x" and (wanted != "eta" or name == "eta"))
+    arguments = [None if wanted == "no bias" and name != "weight" and t.dim() == 1 else t for name, t in given.items()]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(node.first_layer_node, (*arguments, *settings(True, True, dtype)), test_utils=checks)
+    torch.library.opcheck(
+        node.first_layer_batch_norm_node, (*arguments, *settings(True, True, dtype), 1e-5), test_utils=checks
+    )
+
+
+def test_forward_is_the_layer() -> None:
+    given = tensors()
+    y = node.first_layer_node(*given.values(), *settings())
+    z = F.conv2d((given["x"] + given["eta"] - 0.5) / 0.25, given["weight"], given["bias"], (2, 1), (1, 2), 1, 2)
+    expected = F.silu(z * given["scale"][:, None, None] + given["shift"][:, None, None])
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(node.FirstLayerNode.apply(*given.values(), *settings()), y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_come_out_as_ordinary_gradients(seed: int) -> None:
+    """At the perturbation the pass ran at, they are those of plain autograd for every parameter."""
+    torch.manual_seed(seed)
+    given = {name: t.requires_grad_(name != "x") for name, t in tensors().items()}
+    plain = {name: t.detach().clone().requires_grad_() for name, t in given.items()}
+    z = F.conv2d((plain["x"] + plain["eta"] - 0.5) / 0.25, plain["weight"], plain["bias"], (2, 1), (1, 2), 1, 2)
+    y = F.silu(z * plain["scale"][:, None, None] + plain["shift"][:, None, None])
+    p = torch.randn_like(y)
+    y.backward(p)
+    node.first_layer_node(*given.values(), *settings(before=True, after=False)).backward(p)
+    for name in ("weight", "bias", "scale", "shift"):
+        torch.testing.assert_close(given[name].grad, plain[name].grad)
+    parts = {name: given[name].detach() for name in ("bias", "scale", "shift")}
+    moved = adversary_steps(
+        *(given[name].detach() for name in ("x", "eta")), p, given["weight"].detach(), **parts, mean=0.5, std=0.25,
+        stride=(2, 1), padding=(1, 2), groups=2, activation="silu", steps=2, step_size=SIGMA, eps=EPS,
+    )  # fmt: skip
+    assert torch.equal(given["eta"].grad, moved)
+
+
+def test_an_expanded_costate_is_taken() -> None:
+    given = {name: t.requires_grad_(name != "x") for name, t in tensors().items()}
+    node.first_layer_node(*given.values(), *settings()).mean((2, 3)).sum().backward()
+    again = {name: t.detach().clone().requires_grad_(name != "x") for name, t in given.items()}
+    y = node.first_layer_node(*again.values(), *settings())
+    y.backward(torch.full_like(y, 1 / y[0, 0].numel()))
+    for mine, theirs in zip(given.values(), again.values(), strict=True):
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+# --- torch.compile ---
+
+STEMS = {
+    "conv": lambda: nn.Conv2d(3, 6, 3, padding=1),
+    "conv_bn_relu": lambda: nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def step(model: nn.Module, dtype: torch.dtype = torch.float64, **options):
+    x, y, eta = batch(dtype)
+    options = {"first_layer": "first", "outer_steps": 3, "eps": EPS, "step_size": SIGMA, "init": eta} | options
+    return yopo_step(model, x, y, **options)
+
+
+def assert_same(compiled: nn.Module, eager: nn.Module, results: list) -> None:
+    torch.testing.assert_close(results[0].perturbation, results[1].perturbation, rtol=0, atol=1e-12)
+    torch.testing.assert_close(results[0].losses, results[1].losses)
+    for mine, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    for mine, theirs in zip(compiled.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("gradient", ["paper", "released"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("stem", STEMS)
+def test_compiled_model_gives_the_same_step(stem: str, mode: str, gradient: str) -> None:
+    eager = network(STEMS[stem]).train(mode == "train")
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert_same(model, eager, [step(m, gradient=gradient) for m in (compiled, eager)])
+    assert graphs() == 1
+
+
+def test_no_recompilation_from_step_to_step() -> None:
+    model = network(STEMS["conv_bn_relu"])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, y, _ = batch()
+    for train_on in ("all", "last"):
+        step(compiled, train_on=train_on)
+    with torch.no_grad():
+        compiled(x)
+    compiled.eval()
+    with torch.no_grad():
+        compiled(x)
+    compiled.train()
+    before = graphs()
+    assert before <= 4  # passes that train, passes that do not, evaluation in both modes
+    for train_on in ("all", "last"):
+        step(compiled, train_on=train_on, init="uniform")
+        trades_yopo_step(compiled, x, y, first_layer="first", outer_steps=2)
+        with torch.no_grad():
+            compiled(x)
+    settled = graphs()
+    for train_on in ("all", "last"):
+        step(compiled, train_on=train_on, init="uniform")
+        trades_yopo_step(compiled, x, y, first_layer="first", outer_steps=2)
+    assert graphs() == settled
+
+
+def test_inner_steps_and_gradient_may_change() -> None:
+    eager = network(STEMS["conv"])
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for options in ({"inner_steps": 1}, {"inner_steps": 4}, {"inner_steps": 2}, {"gradient": "full"}, {"eps": 0.05}):
+        assert_same(model, eager, [step(m, **options) for m in (compiled, eager)])
+
+
+def test_models_compiled_in_place_and_in_parts() -> None:
+    eager = network(STEMS["conv_bn_relu"])
+    whole, part = copy.deepcopy(eager), copy.deepcopy(eager)
+    whole.compile(fullgraph=True, backend="aot_eager")
+    part.rest.compile(backend="aot_eager")
+    expected = [step(eager) for _ in range(2)][-1]
+    for model in (whole, part):
+        result = [step(model) for _ in range(2)][-1]
+        assert_same(model, eager, [result, expected])
+
+
+def test_second_path_is_refused_in_a_compiled_model() -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network(STEMS["conv"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + x.mean((1, 2, 3))[:, None]
+
+    compiled = torch.compile(Skipping(), fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="only way from the input"):
+            step(compiled, first_layer="net.first")
+    assert all(p.grad is None for p in compiled.parameters())
+
+
+def test_automatic_first_layer_of_a_compiled_model() -> None:
+    model = network(STEMS["conv"])
+    step(torch.compile(model, fullgraph=True, backend="aot_eager"), first_layer=None)
+    assert model.first.weight.grad is not None
+
+
+def test_autocast_in_a_compiled_model() -> None:
+    eager = network(STEMS["conv_bn_relu"], dtype=torch.float32)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            results = [step(m, torch.float32, outer_steps=2) for m in (compiled, eager)]
+    assert results[0].logits.dtype == torch.bfloat16
+    assert (results[0].perturbation == results[1].perturbation).float().mean() > 0.95
+    for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        assert mine.grad.dtype == torch.float32
+        assert (mine.grad - theirs.grad).norm() <= 0.05 * theirs.grad.norm() + 1e-3
+
+
+def test_inductor() -> None:
+    eager = network(STEMS["conv_bn_relu"])
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(2):
+        assert_same(model, eager, [step(m) for m in (compiled, eager)])
+    assert graphs() == 1
