@@ -70,7 +70,7 @@ class PlatformWheel(bdist_wheel):
 
 
 reason = why_pure_python()
-if reason is not None:
+if reason is not None and {"bdist_wheel", "editable_wheel", "build"} & set(sys.argv):  # once, not for metadata too
     print(f"yopo_ext: pure-Python install, everything runs on PyTorch reference kernels ({reason})", file=sys.stderr)
 setup(
     ext_modules=[] if reason else [Extension("yopo_ext.lib", sources=[])],
