@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "core/macros.h"
+
 namespace yopo {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
@@ -65,7 +67,7 @@ struct Params {
   bool allow_tf32;
 
   // True if f0 is affine in u: its gradient does not depend on eta, so one is enough for any number of steps.
-  bool affine() const { return activation == Activation::kIdentity; }
+  YOPO_HD bool affine() const { return activation == Activation::kIdentity; }
 };
 
 }  // namespace yopo

@@ -70,6 +70,9 @@ struct Narrow {  // bf16 or fp16, chosen at run time
   }
 };
 
+template <Pairs kPairs>
+struct PairsAs {};
+
 // One image's costates or outputs, for 2x2 blocks: two adjacent pixels times kernels k, k + 1.
 template <class Costate>
 struct CostateImage {
@@ -80,16 +83,28 @@ struct CostateImage {
 
   YOPO_DEVICE char* at(int offset) const { return base + int64_t(offset) * Costate::kBytes; }
 
+  // f(how neighbours are read), with the choice outside f's loops so that their loads are issued together.
+  template <class F>
+  YOPO_DEVICE void with_pairs(F&& f) const {
+    switch (pairs) {
+      case Pairs::kPixels: return f(PairsAs<Pairs::kPixels>{});
+      case Pairs::kKernels: return f(PairsAs<Pairs::kKernels>{});
+      default: return f(PairsAs<Pairs::kNone>{});
+    }
+  }
+
   // v[pixel][kernel]; offsets of the two pixels, either of which may lie outside the tile.
-  YOPO_DEVICE void load_block(float (&v)[2][2], int first, int second, bool first_valid, bool second_valid, int k) const {
+  template <Pairs kPairs>
+  YOPO_DEVICE void load_block(PairsAs<kPairs>, float (&v)[2][2], int first, int second, bool first_valid, bool second_valid,
+                              int k) const {
     const int kernel = k * kernel_stride;
     v[0][0] = v[0][1] = v[1][0] = v[1][1] = 0.0f;
-    if (pairs == Pairs::kPixels) {  // valid together
+    if constexpr (kPairs == Pairs::kPixels) {  // valid together
       if (first_valid) {
         Costate::load_pair(at(first + kernel), half, v[0][0], v[1][0]);
         Costate::load_pair(at(first + kernel + kernel_stride), half, v[0][1], v[1][1]);
       }
-    } else if (pairs == Pairs::kKernels) {
+    } else if constexpr (kPairs == Pairs::kKernels) {
       if (first_valid) Costate::load_pair(at(first + kernel), half, v[0][0], v[0][1]);
       if (second_valid) Costate::load_pair(at(second + kernel), half, v[1][0], v[1][1]);
     } else {
@@ -100,14 +115,16 @@ struct CostateImage {
     }
   }
 
-  YOPO_DEVICE void store_block(const float (&v)[2][2], int first, int second, bool first_valid, bool second_valid, int k) const {
+  template <Pairs kPairs>
+  YOPO_DEVICE void store_block(PairsAs<kPairs>, const float (&v)[2][2], int first, int second, bool first_valid,
+                               bool second_valid, int k) const {
     const int kernel = k * kernel_stride;
-    if (pairs == Pairs::kPixels) {
+    if constexpr (kPairs == Pairs::kPixels) {
       if (first_valid) {
         Costate::store_pair(at(first + kernel), half, v[0][0], v[1][0]);
         Costate::store_pair(at(first + kernel + kernel_stride), half, v[0][1], v[1][1]);
       }
-    } else if (pairs == Pairs::kKernels) {
+    } else if constexpr (kPairs == Pairs::kKernels) {
       if (first_valid) Costate::store_pair(at(first + kernel), half, v[0][0], v[0][1]);
       if (second_valid) Costate::store_pair(at(second + kernel), half, v[1][0], v[1][1]);
     } else {

@@ -1,0 +1,136 @@
+// The fused kernel's input gradient: T = q W by mma, band by band, and the sum of what every pixel sends.
+#pragma once
+
+#include "cuda/fused_tile.h"
+
+namespace yopo::cuda {
+
+template <class V>
+struct FusedGradient : FusedTile<V> {
+  using Base = FusedTile<V>;
+  using Base::Base;
+  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
+  using Base::args, Base::p, Base::plan, Base::weight, Base::bias, Base::sums, Base::u, Base::g, Base::exchange, Base::offsets;
+  using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group, Base::member;
+  using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
+  using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
+  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
+  using Base::take_tile, Base::load_input;
+  using typename Base::Costate;
+
+  // ---- 3) T of one band of pixels: 16 per warp ----------------------------------------------------------------------
+  YOPO_DEVICE void multiply_band(const CostateImage<Costate>& costates, int begin, int end, float* to) const {
+    for (int local = warp() * 16; local < kRow.band_pixels; local += kFusedWarps * 16) {
+      if (begin + local >= end) break;
+      const int pixel = begin + local + 2 * group;  // this lane's two rows of the fragment are neighbours
+      const bool valid0 = pixel < end, valid1 = pixel + 1 < end;
+      const int offset0 = valid0 ? costate_offset(costates, pixel) : 0;
+      const int offset1 = valid1 ? costate_offset(costates, pixel + 1) : 0;
+      const int base0 = V::kAffine || !valid0 ? 0 : u_base(pixel), base1 = V::kAffine || !valid1 ? 0 : u_base(pixel + 1);
+      float t[kTiles][4] = {};
+      for (int k0 = 0; k0 < K; k0 += V::kChunk * 8) {
+        float q[V::kChunk][2][2];  // [pixel][kernel], kernels 2 * member and the next of every k-step
+        costates.with_pairs([&](auto pairs) {
+#pragma unroll
+          for (int step = 0; step < V::kChunk; ++step) {
+            const int k = k0 + step * 8;
+            costates.load_block(pairs, q[step], offset0, offset1, valid0 && k < K, valid1 && k < K, k + 2 * member);
+          }
+        });
+#pragma unroll
+        for (int step = 0; step < V::kChunk; ++step) {
+          const int k = k0 + step * 8;
+          if (k >= K) break;
+          if constexpr (!V::kAffine) multiply_by_slope(q[step], base0, base1, k);
+          Operand<kPrecise, 4> a;  // rows: pixels; columns member, member + 4: kernels 2 * member, 2 * member + 1
+          a.set(0, q[step][0][0]), a.set(1, q[step][1][0]), a.set(2, q[step][0][1]), a.set(3, q[step][1][1]);
+          const float* w = weight + (k + 2 * member) * kRow.weight_stride() + group;
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            Operand<kPrecise, 2> b;
+            b.set_rounded(0, w[tile * 8]), b.set_rounded(1, w[kRow.weight_stride() + tile * 8]);
+            multiply_add<kPrecise>(t[tile], a, b);
+          }
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int column = tile * 8 + 2 * member;
+        float* at = to + column * kRow.band_stride() + local + 2 * group;
+        if (column < columns) store_pair(at, t[tile][0], t[tile][2]);
+        if (column + 1 < columns) store_pair(at + kRow.band_stride(), t[tile][1], t[tile][3]);
+      }
+    }
+  }
+
+  // q *= act'(z) for kernels k + 2 * member, + 1
+  YOPO_DEVICE void multiply_by_slope(float (&q)[2][2], int base0, int base1, int k) const {
+    const float bias0 = bias[k + 2 * member], bias1 = bias[k + 2 * member + 1];
+    float z[4] = {bias0, bias1, bias0, bias1};
+    const float* w = weight + (k + group) * kRow.weight_stride() + member;
+#pragma unroll V::kUnroll
+    for (int step = 0; step < kTiles; ++step) {
+      const int near = offsets[step * 8 + member], far = offsets[step * 8 + member + 4];
+      Operand<kPrecise, 4> a;
+      a.set_rounded(0, u[base0 + near]), a.set_rounded(1, u[base1 + near]);
+      a.set_rounded(2, u[base0 + far]), a.set_rounded(3, u[base1 + far]);
+      Operand<kPrecise, 2> b;
+      b.set_rounded(0, w[step * 8]), b.set_rounded(1, w[step * 8 + 4]);
+      multiply_add<kPrecise>(z, a, b);
+    }
+    const float slope = float(p.negative_slope);
+    q[0][0] *= slope_of<V::kActivation>(p.activation, z[0], slope);
+    q[0][1] *= slope_of<V::kActivation>(p.activation, z[1], slope);
+    q[1][0] *= slope_of<V::kActivation>(p.activation, z[2], slope);
+    q[1][1] *= slope_of<V::kActivation>(p.activation, z[3], slope);
+  }
+
+  // ---- 4) g += what the band's pixels send to every input element; one thread owns an element -----------------------
+  YOPO_DEVICE void gather_band(int begin, int end, const float* from) const {
+    const int log_stride = stride() - 1, odd = stride() - 1;  // strides 1 and 2
+    const int dilation_h = int(p.dilation[0]), dilation_w = int(p.dilation[1]);
+    const int pad_h = int(p.padding[0]), pad_w = int(p.padding[1]);
+    int low = (o0 + row_of(begin)) * stride() - pad_h, high = (o0 + row_of(end - 1)) * stride() - pad_h + (R - 1) * dilation_h + 1;
+    low = low > y0 ? low : y0;
+    high = high < y1 ? high : y1;
+    const int rows = high - low;
+    for (int task = warp(); task < C * rows; task += kFusedWarps) {
+      const int c = task / rows, y = low + task % rows;
+      float* g_row = g + (c * plan.g_rows + y - y0) * W;
+      for (int x = lane(); x < W; x += 32) {
+        float sum = 0.0f;
+        for (int r = 0; r < R; ++r) {
+          const int ty = y + pad_h - r * dilation_h, oy = ty >> log_stride;
+          if (ty < 0 || (ty & odd) != 0 || oy < o0 || oy >= o1) continue;
+          const int row = (oy - o0) * OW - begin;
+          if (row + OW <= 0 || row >= end - begin) continue;
+          const float* column = from + (c * R + r) * S * kRow.band_stride();
+          for (int s = 0; s < S; ++s) {
+            const int tx = x + pad_w - s * dilation_w, ox = tx >> log_stride;
+            const unsigned local = unsigned(row + ox);
+            if (tx >= 0 && (tx & odd) == 0 && ox < OW && local < unsigned(end - begin)) sum += column[s * kRow.band_stride() + local];
+          }
+        }
+        g_row[x] += sum;
+      }
+    }
+  }
+
+  YOPO_DEVICE void accumulate_gradient() {
+    const CostateImage<Costate> costates = image_of(p.costate, p.costate_strides, args.costate_pairs);
+    const int count = pixels();
+    const int buffer = round_up(columns * kRow.band_stride(), 32);
+    int band = 0;
+    for (int begin = 0; begin < count; begin += kRow.band_pixels, ++band) {
+      const int end = begin + kRow.band_pixels < count ? begin + kRow.band_pixels : count;
+      float* to = exchange + band % kRow.band_buffers * buffer;
+      multiply_band(costates, begin, end, to);
+      sync<20>();  // T is complete
+      gather_band(begin, end, to);
+      if (kRow.band_buffers == 1 && end < count) sync<21>();  // T may be overwritten
+    }
+    sync<22>();  // g is complete
+  }
+};
+
+}  // namespace yopo::cuda

@@ -1,0 +1,165 @@
+// The fused kernel's results at eta': the output and the sums for the weight gradients, both by mma.
+#pragma once
+
+#include "cuda/fused_gradient.h"
+
+namespace yopo::cuda {
+
+template <class V>
+struct FusedResults : FusedGradient<V> {
+  using Base = FusedGradient<V>;
+  using Base::Base;
+  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
+  using Base::args, Base::p, Base::plan, Base::weight, Base::bias, Base::sums, Base::u, Base::g, Base::exchange, Base::offsets;
+  using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group, Base::member;
+  using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
+  using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
+  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
+  using Base::take_tile, Base::load_input;
+  using typename Base::Costate;
+
+  // ---- 6) y = act(z) and D at eta', 16 pixels per warp at a time ----------------------------------------------------
+  YOPO_DEVICE void results() {
+    const CostateImage<Costate> costates = image_of(p.costate, p.costate_strides, args.costate_pairs);
+    const CostateImage<Costate> outputs = image_of(p.output, p.output_strides, args.output_pairs);
+    const int count = pixels(), slice = 16 * kResultTiles, slices = (K + slice - 1) / slice;
+    const int together = slices < kFusedWarps ? slices : kFusedWarps, members = kFusedWarps / together;
+    for (int first = 0; first < slices; first += together) {
+      const int mine = first + warp() % together, order = warp() / together;  // which kernels, which share of the pixels
+      const bool works = mine < slices && order < members;
+      float d[kResultTiles][kTiles][4] = {};
+      if (works)
+        for (int pixel = order * 16; pixel < count; pixel += members * 16)
+          results_of_tile(costates, outputs, pixel, count, mine * slice, d);
+      if (!wants_sums()) continue;
+      for (int turn = 0; turn < members; ++turn) {  // a fixed order of addition
+        if (works && turn == order) add_sums(mine * slice, d);
+        sync<23>();
+      }
+    }
+  }
+
+  YOPO_DEVICE void results_of_tile(const CostateImage<Costate>& costates, const CostateImage<Costate>& outputs, int pixel,
+                                   int count, int k0, float (&d)[kResultTiles][kTiles][4]) const {
+    // Rows of a fragment: kernels 2 * group, + 1 of each m-tile. Columns: pixels 2 * member, + 1 of each n-tile.
+    float q[2][kResultTiles][2][2];  // [n-tile][m-tile][pixel][kernel]
+    float z[2][kResultTiles][4];     // (k, px) (k, px + 1) (k + 1, px) (k + 1, px + 1)
+    int at[2][2], base[2], offset[2][2];
+    bool valid[2][2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        at[n][i] = pixel + n * 8 + 2 * member + i;
+        valid[n][i] = at[n][i] < count;
+        offset[n][i] = valid[n][i] ? costate_offset(costates, at[n][i]) : 0;
+      }
+      base[n] = pixel + n * 8 + group < count ? u_base(pixel + n * 8 + group) : 0;
+    }
+    if (wants_sums()) {
+      costates.with_pairs([&](auto pairs) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int m = 0; m < kResultTiles; ++m) {
+            const bool inside = k0 + m * 16 < K;
+            costates.load_block(pairs, q[n][m], offset[n][0], offset[n][1], valid[n][0] && inside, valid[n][1] && inside,
+                                k0 + m * 16 + 2 * group);
+          }
+      });
+    }
+    if (!V::kAffine || wants_output()) {
+      compute_z(z, base, k0);
+      const float slope = float(p.negative_slope);
+      if (wants_output())
+        outputs.with_pairs([&](auto pairs) {
+#pragma unroll
+          for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int m = 0; m < kResultTiles; ++m) {
+              if (k0 + m * 16 >= K) continue;
+              float y[2][2];
+#pragma unroll
+              for (int i = 0; i < 4; ++i) y[i % 2][i / 2] = value_of<V::kActivation>(p.activation, z[n][m][i], slope);
+              outputs.store_block(pairs, y, costate_offset(outputs, at[n][0]), costate_offset(outputs, at[n][1]),
+                                  valid[n][0], valid[n][1], k0 + m * 16 + 2 * group);
+            }
+        });
+      if (!V::kAffine && wants_sums()) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+          for (int m = 0; m < kResultTiles; ++m)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) q[n][m][i % 2][i / 2] *= slope_of<V::kActivation>(p.activation, z[n][m][i], slope);
+      }
+    }
+    if (wants_sums()) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int base0 = valid[n][0] ? u_base(at[n][0]) : 0, base1 = valid[n][1] ? u_base(at[n][1]) : 0;
+        Operand<kPrecise, 4> a[kResultTiles];  // columns member, member + 4: pixels 2 * member, 2 * member + 1
+#pragma unroll
+        for (int m = 0; m < kResultTiles; ++m) {
+          a[m].set(0, q[n][m][0][0]), a[m].set(1, q[n][m][0][1]), a[m].set(2, q[n][m][1][0]), a[m].set(3, q[n][m][1][1]);
+        }
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const int column = tile * 8 + group, near = offsets[column];
+          Operand<kPrecise, 2> b;
+          b.set_rounded(0, column == columns ? 1.0f : u[base0 + near]);  // the last column sums q itself
+          b.set_rounded(1, column == columns ? 1.0f : u[base1 + near]);
+#pragma unroll
+          for (int m = 0; m < kResultTiles; ++m)
+            if (k0 + m * 16 < K) multiply_add<kPrecise>(d[m][tile], a[m], b);
+        }
+      }
+    }
+  }
+
+  // z of 16 * kResultTiles kernels at 16 pixels; base: of pixel `group` of either n-tile
+  YOPO_DEVICE void compute_z(float (&z)[2][kResultTiles][4], const int (&base)[2], int k0) const {
+#pragma unroll
+    for (int m = 0; m < kResultTiles; ++m) {
+      const int k = k0 + m * 16 + 2 * group;
+      const float bias0 = k < K ? bias[k] : 0.0f, bias1 = k < K ? bias[k + 1] : 0.0f;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) z[n][m][0] = z[n][m][1] = bias0, z[n][m][2] = z[n][m][3] = bias1;
+    }
+#pragma unroll V::kUnroll
+    for (int step = 0; step < kTiles; ++step) {
+      const int near = offsets[step * 8 + member], far = offsets[step * 8 + member + 4];
+      Operand<kPrecise, 2> b[2];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) b[n].set_rounded(0, u[base[n] + near]), b[n].set_rounded(1, u[base[n] + far]);
+#pragma unroll
+      for (int m = 0; m < kResultTiles; ++m) {
+        const int k = k0 + m * 16;
+        if (k >= K) break;
+        const float* w = weight + (k + 2 * group) * kRow.weight_stride() + step * 8 + member;
+        Operand<kPrecise, 4> a;
+        a.set_rounded(0, w[0]), a.set_rounded(1, w[kRow.weight_stride()]);
+        a.set_rounded(2, w[4]), a.set_rounded(3, w[kRow.weight_stride() + 4]);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) multiply_add<kPrecise>(z[n][m], a, b[n]);
+      }
+    }
+  }
+
+  YOPO_DEVICE void add_sums(int k0, const float (&d)[kResultTiles][kTiles][4]) const {
+#pragma unroll
+    for (int m = 0; m < kResultTiles; ++m) {
+      if (k0 + m * 16 >= K) break;
+      float* row = sums + (k0 + m * 16 + 2 * group) * (columns + 1);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = tile * 8 + 2 * member + i % 2;
+          if (column <= columns) row[i / 2 * (columns + 1) + column] += d[m][tile][i];
+        }
+    }
+  }
+};
+
+}  // namespace yopo::cuda
