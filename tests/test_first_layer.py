@@ -41,7 +41,8 @@ def zoo() -> dict[str, tuple]:
             models[f"torchvision {name}"] = (getattr(torchvision.models, name), "conv1")
     if timm is not None:
         for name, layer in (
-            ("resnet18", "conv1"), ("resnet50", "conv1"), ("vit_tiny_patch16_224", "patch_embed.proj"), ("convnext_atto", "stem.0"),
+            ("resnet18", "conv1"), ("resnet50", "conv1"), ("vit_tiny_patch16_224", "patch_embed.proj"),
+            ("convnext_atto", "stem.0"),
         ):  # fmt: skip
             options = {"img_size": 32} if name.startswith("vit") else {}
             models[f"timm {name}"] = (
@@ -126,7 +127,7 @@ def test_refuses_a_layer_behind_anything_else(change: str) -> None:
 
     model = Changed()
     buffers = [b.clone() for b in model.buffers()]
-    with pytest.raises(ValueError, match="first_layer.*model's input"):
+    with pytest.raises(ValueError, match=r"first_layer.*model's input"):
         step(model)
     with pytest.raises(ValueError, match="first_layer must take the model's input"):
         step(model, first_layer="net.first")

@@ -26,7 +26,8 @@ def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
     x = torch.rand(2, 4, 6, 5, generator=generator, dtype=dtype)
     return {
-        "eta": 0.05 * draw(2, 4, 6, 5), "x": x, "weight": draw(6, 2, 3, 3), "bias": draw(6), "scale": draw(6), "shift": draw(6),
+        "eta": 0.05 * draw(2, 4, 6, 5), "x": x, "weight": draw(6, 2, 3, 3), "bias": draw(6), "scale": draw(6),
+        "shift": draw(6),
     }  # fmt: skip
 
 

@@ -27,8 +27,8 @@ class Split(nn.Module):
         super().__init__()
         self.layer_one = layer_one
         self.rest = nn.Sequential(
-            nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-            nn.Linear(32, 5),
+            nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(), nn.Linear(32, 5),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ def test_equals_the_definition(stem: str, bn_mode: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore" if stem == "opaque" else "error")
         result = trades_yopo_step(
-            ours, x, y, first_layer="first", beta=BETA, outer_steps=2, inner_steps=3, eps=EPS, step_size=SIGMA, init=eta,
-            bn_mode=bn_mode,
+            ours, x, y, first_layer="first", beta=BETA, outer_steps=2, inner_steps=3, eps=EPS, step_size=SIGMA,
+            init=eta, bn_mode=bn_mode,
         )  # fmt: skip
     perturbation, losses, loss = oracle(theirs, x, y, eta, 2, 3, bn_mode)
     torch.testing.assert_close(result.perturbation, perturbation, rtol=0, atol=1e-12)

@@ -51,7 +51,7 @@ class OpaqueLayer:
 
 
 def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
-    """The model, then what its wrappers (torch.compile, DistributedDataParallel, Lightning Fabric) hold, outermost first."""
+    """The model and what its wrappers (torch.compile, DistributedDataParallel, Fabric) hold, outermost first."""
     while True:
         yield model
         inner = model._modules.get("_orig_mod") or model._modules.get("_forward_module")
@@ -81,7 +81,8 @@ def resolve(model: nn.Module, first_layer: nn.Module | str) -> nn.Module:
             continue
     names = [name for name, module in candidate.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     raise ValueError(
-        f"first_layer must name a submodule of model; got {first_layer!r}, the model has {', '.join(names[:3]) or 'no layers'}..."
+        f"first_layer must name a submodule of model; got {first_layer!r}, the model has "
+        f"{', '.join(names[:3]) or 'no layers'}..."
     )
 
 
@@ -175,10 +176,21 @@ def matches(observed: Tensor, expected: Tensor) -> bool:
     return bool(torch.isclose(observed, expected, rtol=rounding, atol=rounding, equal_nan=True).all())
 
 
-_ELEMENTWISE = frozenset(
-    f"{name}Backward0"
-    for name in "Sub Rsub Add Mul Div Neg ToCopy Clone Alias View UnsafeView Expand Select Slice Unsqueeze Stack Cat Unbind Split".split()
+_ARITHMETIC = ("Sub", "Rsub", "Add", "Mul", "Div", "Neg", "ToCopy", "Clone")
+_ARRANGEMENT = (
+    "Alias",
+    "View",
+    "UnsafeView",
+    "Expand",
+    "Select",
+    "Slice",
+    "Unsqueeze",
+    "Stack",
+    "Cat",
+    "Unbind",
+    "Split",
 )
+_ELEMENTWISE = frozenset(f"{name}Backward0" for name in _ARITHMETIC + _ARRANGEMENT)
 
 
 def _elementwise_since_input(observed: Tensor) -> bool:
@@ -234,7 +246,9 @@ def describe(module: nn.Module, u: Tensor) -> FusedLayer | OpaqueLayer:
         return opaque("it is a Linear layer", affine=True)
     if _runs(module, nn.Conv2d, "_conv_forward"):
         padding = _padding(module)  # type: ignore[arg-type]
-        return opaque(padding, affine=True) if isinstance(padding, str) else FusedLayer(module, padding)  # type: ignore[arg-type]
+        if isinstance(padding, str):
+            return opaque(padding, affine=True)
+        return FusedLayer(module, padding)  # type: ignore[arg-type]
     if not _runs(module, nn.Sequential):
         return opaque(f"it is a {type(module).__name__}, neither a Conv2d nor a Sequential that starts with one")
     parts = _flattened(module)

@@ -1,4 +1,4 @@
-"""Putting the autograd node in the place of the first layer for the length of a pass; the model itself is not rewritten."""
+"""Putting the autograd node in the place of the first layer for the length of a pass; the model is not rewritten."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Pass:
     first: bool  # the first pass through this model: look closely, whatever it costs
 
     def normalisation_before(self, observed: Tensor, known: Normalisation) -> Normalisation | None:
-        """What the model did to its input up to here: `known` or, on the first pass, found; None if it is something else."""
+        """What the model did to its input up to here: `known`, or found on the first pass; None: something else."""
         if not known.mean and self._untouched(observed):
             return known
         with torch.no_grad():
@@ -53,7 +53,7 @@ class Pass:
 
 
 class Interposition:
-    """The callable that stands for one first layer; the same object in every step, so that compiled models are reused."""
+    """The callable that stands for one first layer: one object in every step, so that compiled models are reused."""
 
     def __init__(
         self, layer: nn.Module, plan: FusedLayer | OpaqueLayer, original: Callable[..., Any] | None = None
@@ -128,8 +128,8 @@ class Interposition:
         if inner is None:
             raise ValueError(
                 f"first_layer must take the model's input (per-channel normalised or flattened at most), but the "
-                f"{type(self.layer).__name__} got other values, of shape {list(observed.shape)}: give a first_layer that "
-                f"contains what comes before it"
+                f"{type(self.layer).__name__} got other values, of shape {list(observed.shape)}: give a first_layer "
+                f"that contains what comes before it"
             )
         if inner is not self.inner:
             self.inner = inner

@@ -3,11 +3,11 @@
 `first_layer_node` computes y0 = f0(x + eta). In its backward it receives the costate p = dL/dy0 and returns, as the
 "gradient" of the leaf `eta`, the perturbation after n inner steps; the gradients of the first layer's parameters come
 out as ordinary gradients: at the perturbation the pass ran at (`gradient_before`), at the one its costate led to
-(`gradient_after`), the sum of both, or none. The node is a pure function of its arguments: what `torch.compile`, DistributedDataParallel
-or a gradient scaler do around a layer they can do around it.
+(`gradient_after`), the sum of both, or none. The node is a pure function of its arguments: what `torch.compile`,
+DistributedDataParallel or a gradient scaler do around a layer they can do around it.
 
-`first_layer_batch_norm_node` is the same for a convolution followed by a BatchNorm that uses batch statistics: the inner
-steps keep the statistics of the forward pass, the parameter gradients are taken through those of their own input.
+`first_layer_batch_norm_node` is the same for a convolution followed by a BatchNorm that uses batch statistics: the
+inner steps keep the statistics of the forward pass, parameter gradients are taken through those of their own input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .validation import COSTATE_DTYPES
 
 
 def per_channel(values: Sequence[float], like: Tensor) -> Tensor | float:
-    """One value as a number, several as a tensor [C, 1, 1] that is made on the device (a copy from the host would wait)."""
+    """One value as a number, several as a tensor [C, 1, 1] made on the device (a copy from the host would wait)."""
     if len(values) == 1:
         return values[0]
     return torch.stack([like.new_full((), value) for value in values])[:, None, None]
@@ -271,20 +271,29 @@ def _backward_batch_norm(ctx: Any, p: Tensor, *_: Tensor) -> tuple[Any, ...]:
 first_layer_batch_norm_node.register_autograd(_backward_batch_norm, setup_context=_setup_batch_norm)
 
 
-# In eager mode the same node without the operator dispatch, whose Python wrapper costs more than a small first layer.
+# In eager mode the same nodes without the operator dispatch, whose Python side (and that of a separate `setup_context`)
+# costs more than a small first layer.
 
 
 class FirstLayerNode(torch.autograd.Function):
     """`first_layer_node` for eager mode."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_backward)
 
 
 class FirstLayerBatchNormNode(torch.autograd.Function):
     """`first_layer_batch_norm_node` for eager mode."""
 
-    forward = staticmethod(_forward_batch_norm)
-    setup_context = staticmethod(_setup_batch_norm)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = _forward_batch_norm(*inputs)
+        _setup_batch_norm(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_backward_batch_norm)

@@ -1,4 +1,4 @@
-"""The first layer as an autograd node when it is a module the operator does not compute: nested autograd, eager speed."""
+"""The first layer as an autograd node when it is a module that the operator does not compute: nested autograd."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
 
 @contextmanager
 def second_forward(model: nn.Module) -> Iterator[None]:
-    """For the second of two forward passes before one backward: a DistributedDataParallel must not write its buffers."""
+    """For the second of two forward passes before one backward: no broadcast may overwrite saved buffers."""
     parallel = distributed(model)
     if parallel is None:
         yield
@@ -172,7 +172,7 @@ class Passes:
         self, eta: Tensor, objective: Callable[[Any], Tensor], *, gradient_before: bool, gradient_after: bool,
         scale: float = 1.0, synchronise: bool = True,
     ) -> PassResult:  # fmt: skip
-        """Forward at x + eta, `objective` of the output, backward of `scale` times it; returns the perturbation moved."""
+        """Forward at x + eta, `objective` of the output, backward of `scale` times it; gives the moved perturbation."""
         leaf = eta.detach().requires_grad_()
         reached: list[Tensor] = []
         leaf.register_post_accumulate_grad_hook(reached.append)
@@ -227,8 +227,8 @@ class Passes:
                 return output, loss  # what is inside a reentrant checkpoint shows only in the backward pass
             if now.given in reached:
                 raise ValueError(
-                    f"first_layer must be the only way from the input to the output; the model also uses its input beside "
-                    f"the {name}: give a first_layer that contains every use of it"
+                    f"first_layer must be the only way from the input to the output; the model also uses its input "
+                    f"beside the {name}: give a first_layer that contains every use of it"
                 )
             if now.eta not in reached:
                 raise ValueError(f"first_layer must lead to the loss; the loss does not depend on the {name}")

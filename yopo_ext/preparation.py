@@ -67,7 +67,7 @@ class Preparation:
         )
 
     def small_start(self, init: str | Tensor, deviation: float) -> Tensor:
-        """eta_0 for an objective that has no gradient at zero: "normal" of this standard deviation, projected, or a tensor."""
+        """eta_0 where zero has no gradient: "normal" of this standard deviation, projected, or a tensor."""
         init = validation.perturbation(init, self.x, ("normal",), why="the divergence has no gradient at a zero start")
         if isinstance(init, Tensor):
             if self.look_at_values and init.numel() > 0 and not bool(init.any()):

@@ -68,39 +68,43 @@ def yopo_step(
     gradient = 1), 2m + 1 with `train_on="last"`.
 
     Args:
-        model: called as `model(u)`, u = x + eta, or (u - mean) / std if those are given. May be wrapped in torch.compile,
-            DistributedDataParallel or Lightning Fabric (then give `backward=fabric.backward`). Its output must depend on the
-            input through the first layer only.
+        model: called as `model(u)`, u = x + eta, or (u - mean) / std if those are given. May be wrapped in
+            torch.compile, DistributedDataParallel or Lightning Fabric (then give `backward=fabric.backward`). Its
+            output must depend on the input through the first layer only.
         x: images [B, C, H, W], float32 or float64, within `bounds`.
         y: passed on to `loss_fn`; for cross-entropy int64 labels [B].
         first_layer: a submodule or its dotted name: a convolution, a Sequential of [normalisation,] convolution
-            [, BatchNorm2d] [, activation], or any other module (through autograd, slower, said once). None: the one that a
-            timm model declares, or else the first Conv2d or Linear that is executed on the input.
+            [, BatchNorm2d] [, activation], or any other module (through autograd, slower, said once). None: the one
+            that a timm model declares, or else the first Conv2d or Linear that is executed on the input.
         loss_fn: `loss_fn(model output, y)` -> scalar, to be lowered by the weights and raised by eta.
         outer_steps, inner_steps: m >= 1, n >= 1.
-        eps, step_size: radius of the ball and length of an inner step, >= 0, in the units of x; numbers or [C] (L2: numbers).
+        eps, step_size: radius of the ball and length of an inner step, >= 0, in the units of x; numbers or [C] (L2:
+            numbers).
         norm: "linf" or "l2".
         bounds: (lo, hi) of a pixel, numbers or [C]; None: unbounded.
         mean, std: input normalisation, numbers or [C], std > 0.
         gradient: what the weights get from pass j. "paper": dL(x + eta_j), the first layer instead that of
-            <p_j, first_layer(x + eta_{j+1})>. "full": dL(x + eta_j) everywhere. "released": "paper" and, in the first layer,
-            the sum of both, as the authors' code; also starts without projecting on the bounds.
-        reduction: "mean" or "sum" over the passes that train; None: "mean", for "released" "sum". Losses are reported undivided.
+            <p_j, first_layer(x + eta_{j+1})>. "full": dL(x + eta_j) everywhere. "released": as the authors' code,
+            "paper" with the sum of both in the first layer; its random start is not projected on `bounds`.
+        reduction: "mean" or "sum" over the passes that train; None: "mean", for "released" "sum". Losses are
+            reported undivided.
         train_on: "last" computes no weight gradient in the passes before the last.
         init: eta_0: "uniform" in the ball, projected; "zero"; or a tensor like x, taken as it is.
         backward: called instead of `loss.backward()`, for instance `lambda loss: scaler.scale(loss).backward()`.
-        after_pass: called with j when the gradients of pass j, if it trains, are complete, reduced over processes; it may
-            step and zero an optimizer (gradients are divided by m all the same: `reduction="sum"` for full ones).
+        after_pass: called with j when the gradients of pass j are complete and reduced over processes, if it trains;
+            it may step and zero an optimizer (gradients are divided by m all the same, unless `reduction="sum"`).
         generator: for the random start, on x's device.
         on_nonfinite: a loss that is not finite: "ignore" (never looks), "skip" (`.grad` and buffers as before the
-            step, or the last `after_pass`), "raise" (the same, then FloatingPointError). The latter two read one flag back.
+            step, or the last `after_pass`), "raise" (the same, then FloatingPointError). The latter two read one
+            flag back from the device.
         validate: whether to check values of x and y; None: on CPU always, on CUDA in the first call for a model.
 
     Returns:
         StepResult.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it was and what is allowed; before any `.grad` or buffer changes.
+        ValueError, TypeError: naming the argument, what it was and what is allowed; before any `.grad` or buffer
+            changes (what only a forward pass can show: in the first step of a model).
         FloatingPointError: see `on_nonfinite`.
     """
     validation.choice("gradient", gradient, ("paper", "released", "full"))
@@ -109,9 +113,9 @@ def yopo_step(
         validation.choice("reduction", reduction, ("mean", "sum"))
     mean_over_passes = reduction == "mean" or (reduction is None and gradient != "released")
     step = Preparation(
-        model, x, y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps, inner_steps=inner_steps, eps=eps,
-        step_size=step_size, norm=norm, bounds=bounds, mean=mean, std=std, backward=backward, after_pass=after_pass,
-        generator=generator, on_nonfinite=on_nonfinite, validate=validate,
+        model, x, y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps, inner_steps=inner_steps,
+        eps=eps, step_size=step_size, norm=norm, bounds=bounds, mean=mean, std=std, backward=backward,
+        after_pass=after_pass, generator=generator, on_nonfinite=on_nonfinite, validate=validate,
     )  # fmt: skip
     eta = step.start(init, project=gradient != "released")
     scale = 1.0 / outer_steps if mean_over_passes and train_on == "all" else 1.0
@@ -167,8 +171,8 @@ def trades_yopo_step(
 ) -> StepResult:
     """Accumulate into `.grad` the gradient of one TRADES update whose adversary is YOPO-m-n.
 
-    m = `outer_steps` passes without weight gradients raise KL(f(x) || f(x + eta)), the clean logits computed once and held;
-    each is followed by n = `inner_steps` steps in the first layer. Then one update of
+    m = `outer_steps` passes without weight gradients raise KL(f(x) || f(x + eta)), the clean logits computed once and
+    held; each is followed by n = `inner_steps` steps in the first layer. Then one update of
 
         loss_fn(f(x), y) + beta * KL(f(x) || f(x + eta)) / B
 
@@ -177,7 +181,8 @@ def trades_yopo_step(
     Args:
         beta: weight of the divergence, >= 0.
         bn_mode: "eval" runs the adversary's passes in evaluation mode; "train" in the modes the model is in.
-        init: eta_0: "normal" is 0.001 * N(0, 1), projected; or a tensor like x, not zero, where the divergence has no gradient.
+        init: eta_0: "normal" is 0.001 * N(0, 1), projected; or a tensor like x, but not zero, where the divergence
+            has no gradient.
         The others as in `yopo_step`. The model must return logits [B, classes].
 
     Returns:
@@ -189,8 +194,8 @@ def trades_yopo_step(
     validation.choice("bn_mode", bn_mode, ("eval", "train"))
     validation.number("beta", beta, 0.0)
     step = Preparation(
-        model, x, y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps, inner_steps=inner_steps, eps=eps,
-        step_size=step_size, norm=norm, bounds=bounds, mean=mean, std=std, backward=backward, after_pass=None,
+        model, x, y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps, inner_steps=inner_steps,
+        eps=eps, step_size=step_size, norm=norm, bounds=bounds, mean=mean, std=std, backward=backward, after_pass=None,
         generator=generator, on_nonfinite=on_nonfinite, validate=validate,
     )  # fmt: skip
     eta = step.small_start(init, 1e-3)

@@ -49,7 +49,8 @@ def constants(name: str, value: Constants, channels: int, *, allow_infinite: boo
     if isinstance(value, Tensor):
         if value.dim() > 1:
             raise ValueError(
-                f"{name} must be a number or one value per channel [{channels}]; got a tensor of shape {tuple(value.shape)}"
+                f"{name} must be a number or one value per channel [{channels}]; got a tensor of shape "
+                f"{tuple(value.shape)}"
             )
         value = value.tolist()
     values = [value] if isinstance(value, Real) else list(value)  # type: ignore[arg-type]
@@ -89,8 +90,8 @@ def threat_model(
             raise ValueError(f"bounds must be (lo, hi) with lo < hi; got lo={low}, hi={high}")
     if norm == "linf" and min(lo) >= 0.0 and max(hi) <= 1.0 and max(eps_values) >= 1.0:
         raise ValueError(
-            f"eps must be in the units of x, which bounds={bounds!r} puts in [0, 1]; got {max(eps_values)}, which looks like "
-            f"0..255 units: use {max(eps_values):g}/255"
+            f"eps must be in the units of x, which bounds={bounds!r} puts in [0, 1]; got {max(eps_values)}, which "
+            f"looks like 0..255 units: use {max(eps_values):g}/255"
         )
     return eps_values, step_values, lo, hi
 
@@ -155,13 +156,13 @@ def image_values(x: Tensor, lo: list[float], hi: list[float]) -> None:
         v > b + 1e-6 for v, b in zip(highest, high, strict=True)
     ):
         raise ValueError(
-            f"x must lie in bounds, ({min(low):g}, {max(high):g}); got values from {min(lowest):g} to {max(highest):g}: scale the "
-            f"images, or give the bounds they have"
+            f"x must lie in bounds, ({min(low):g}, {max(high):g}); got values from {min(lowest):g} to "
+            f"{max(highest):g}: scale the images, or give the bounds they have"
         )
 
 
 def class_labels(y: object, x: Tensor) -> None:
-    """y as cross-entropy takes it: int64 class indices [B, ...], or probabilities [B, classes, ...]; reads no values."""
+    """y as cross-entropy takes it: int64 classes [B, ...], or probabilities [B, classes, ...]; reads no values."""
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a torch.Tensor; got {type(y).__name__}")
     if y.device != x.device:
