@@ -50,6 +50,8 @@ class Trainer:
         self.folder = Path(self.config.out) if self.config.out is not None else None
         if self.folder is not None and (self.folder / "last.pt").exists():
             raise ValueError(f"out must be a folder without a run; {self.folder} holds one")
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
         self.fabric = make_fabric(self.config)
         self.device = self.fabric.device
         self.threat = threat_model(self.config)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from yopo_ext import validation
-from yopo_ext.step import yopo_step
+from yopo_ext import validation, yopo_step
 from yopo_ext.training.data import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, default_step, option
 
