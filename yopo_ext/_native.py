@@ -72,7 +72,7 @@ def status() -> NativeStatus:
     if os.environ.get("YOPO_EXT_NATIVE", "1") == "0":
         why_not_cpu = why_not_cuda = "the environment variable YOPO_EXT_NATIVE is 0"
     else:
-        why_not_cpu = _load(cpu) if cpu.exists() else "the package was installed without a C++ compiler"
+        why_not_cpu = _load(cpu) if cpu.exists() else "no native library lies beside it (installed without a C++ compiler, or a source tree that was not built)"
         why_not_cuda = _why_not_cuda(cuda, build) or _load(cuda)
     # A GPU whose kernels are missing is worth the same words as a missing CPU library.
     missing = why_not_cpu or (why_not_cuda if torch.version.cuda is not None and torch.cuda.is_available() else None)

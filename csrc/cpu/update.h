@@ -6,6 +6,7 @@
 #include "cpu/microkernels.h"
 #include "cpu/planes.h"
 #include "cpu/steps.h"
+#include "cpu/vector_math.h"
 
 namespace yopo::YOPO_ISA {
 
@@ -233,9 +234,8 @@ class Update {
     const int64_t size = round_up(geometry_.out_size, kLanes<T>);
     dispatch_activation(p_.activation, [&](auto act) {
       for (int64_t i = 0; i < count; ++i) {
-        const T *p = costate + i * l_.costate_plane, *z = planes.output + i * l_.costate_plane;
-        T* to = planes.masked_costate + i * l_.costate_plane;
-        for (int64_t q = 0; q < size; ++q) to[q] = p[q] * decltype(act)::slope(z[q], negative_slope);
+        const int64_t at = i * l_.costate_plane;
+        mask_row<decltype(act)>(costate + at, planes.output + at, size, negative_slope, planes.masked_costate + at);
       }
     });
   }
@@ -246,7 +246,7 @@ class Update {
     dispatch_activation(p_.activation, [&](auto act) {
       for (int64_t i = 0; i < count; ++i) {
         T* z = planes.output + i * l_.costate_plane;
-        for (int64_t q = 0; q < geometry_.out_size; ++q) z[q] = decltype(act)::value(z[q], negative_slope);
+        activate_row<decltype(act)>(z, geometry_.out_size, negative_slope, z);
       }
     });
   }
