@@ -31,7 +31,10 @@ BUILD = Path(os.environ.get("YOPO_EMULATED_DIR", ROOT / "build" / "emulated"))
 
 def build(target: str = "_emulated") -> str | None:
     """Compile the kernels for the CPU (half a minute; nothing if they are up to date). Returns why it could not."""
-    tools = {name: shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") for name in ("cmake", "ninja")}
+    tools = {
+        name: shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+        for name in ("cmake", "ninja")
+    }
     for name, path in tools.items():
         if path is None:
             return f"{name} was not found"
@@ -95,7 +98,9 @@ def prepare(arguments: tuple) -> tuple[dict, tuple[torch.Tensor, ...]]:
     d |= {"out_height": costate.shape[2], "out_width": costate.shape[3]}
     d |= {"compute": DTYPES[x.dtype], "costate_dtype": DTYPES[costate.dtype]}
     inputs = {"x": x, "eta": eta, "costate": costate, "weight": weight, **{k: a[k] for k in ("bias", "scale", "shift")}}
-    outputs = dict(zip(("eta_out", "output", "grad_weight", "grad_bias", "grad_scale", "grad_shift"), results, strict=True))
+    outputs = dict(
+        zip(("eta_out", "output", "grad_weight", "grad_bias", "grad_scale", "grad_shift"), results, strict=True)
+    )
     for name, tensor in (inputs | outputs).items():
         present = tensor is not None and tensor.numel() > 0
         d[name] = tensor.data_ptr() if present else 0

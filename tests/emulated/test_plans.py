@@ -24,7 +24,9 @@ STEMS = {
     "imagenet 3x3/2": {"kernels": 32, "size": (224, 224), "stride": (2, 2), "batch": 1, "activation": "silu"},
 }  # fmt: skip
 RESIDENT = {"cifar", "cifar narrow", "cifar relu", "mnist"}
-EXCEPTIONS: set[tuple[str, str]] = {("imagenet 7x7/2 relu", a) for a in ("sm_86", "sm_89", "sm_120")}  # see docs/kernels.md
+EXCEPTIONS: set[tuple[str, str]] = {
+    ("imagenet 7x7/2 relu", a) for a in ("sm_86", "sm_89", "sm_120")
+}  # see docs/kernels.md
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -50,7 +52,9 @@ def test_two_blocks_of_the_cifar_stem_share_a_large_processor():
 
 def test_every_row_has_a_reason():
     assert all(len(reason) > 20 for _, _, reason in native.tuning_table())
-    assert [columns for _, columns, _ in native.tuning_table()] == sorted(columns for _, columns, _ in native.tuning_table())
+    assert [columns for _, columns, _ in native.tuning_table()] == sorted(
+        columns for _, columns, _ in native.tuning_table()
+    )
 
 
 def reports() -> list[Path]:

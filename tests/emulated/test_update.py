@@ -11,22 +11,12 @@ from backend import SCHEDULES, describe, machine, native, update
 from cases import LAYOUTS, cases, make_arguments
 from hypothesis import HealthCheck, given, settings
 from policy import NAMES, _check_step, as_dict, assert_in_ball_and_box, assert_within, bounds_at, check_update
+from variants import AFFINE_PARTS, VARIANTS
 
 from yopo_ext.constants import ACTIVATIONS
 
 EXAMPLES = int(os.environ.get("YOPO_TEST_EXAMPLES", "25"))
 TF32 = 2.0**-11
-AFFINE_PARTS = {"bias": True, "scale": True, "shift": True, "normalise": True}
-
-# variant -> problems small enough for the emulation, odd where they can be
-VARIANTS = {
-    "fused 16 columns, one launch": {"channels": 1, "kernels": 32, "size": (14, 14), "padding": (0, 0), "batch": 4},
-    "fused 32 columns, one launch": {"kernels": 48, "size": (9, 11), "batch": 4},
-    "fused 160 columns, one launch": {"kernels": 16, "size": (15, 18), "kernel": (7, 7), "stride": (2, 2), "padding": (3, 3)},
-    "fused 32 columns, bands": {"kernels": 16, "size": (49, 30), "batch": 1},
-    "fused 160 columns, bands": {"kernels": 16, "size": (41, 44), "kernel": (7, 7), "stride": (2, 2), "padding": (3, 3), "batch": 1},
-    "general": {"kernels": 6, "size": (7, 9), "batch": 4, "groups": 3},
-}  # fmt: skip
 # where an image must go in bands, a machine with little shared memory makes a small image a large one
 LIMITS = {"fused 32 columns, bands": 50, "fused 160 columns, bands": 72}
 
@@ -78,14 +68,21 @@ def test_against_the_oracle(variant, activation, layout):
 @pytest.mark.parametrize("costate_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
 def test_narrow_costates(variant, costate_dtype, layout):
-    check_update(update, arguments_of(variant, activation="relu", costate_dtype=costate_dtype, costate_layout=layout, x_layout=layout))
+    check_update(
+        update,
+        arguments_of(variant, activation="relu", costate_dtype=costate_dtype, costate_layout=layout, x_layout=layout),
+    )
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu"])
 @pytest.mark.parametrize("costate_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tf32(variant, activation, costate_dtype):
     if variant != "general":
-        check_tf32(arguments_of(variant, tf32=True, activation=activation, costate_dtype=costate_dtype, steps=2, **AFFINE_PARTS))
+        check_tf32(
+            arguments_of(
+                variant, tf32=True, activation=activation, costate_dtype=costate_dtype, steps=2, **AFFINE_PARTS
+            )
+        )
 
 
 def test_tf32_is_less_than_fp32_and_more_than_nothing():
@@ -128,14 +125,18 @@ def test_fused_agrees_with_general(variant, activation):
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 def test_sizes(size, activation):
     with machine():
-        check_update(update, arguments_of("fused 32 columns, one launch", size=size, activation=activation, kernels=16, batch=2))
+        check_update(
+            update, arguments_of("fused 32 columns, one launch", size=size, activation=activation, kernels=16, batch=2)
+        )
 
 
 @pytest.mark.parametrize("kernels", [16, 32, 80, 128, 144])
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 def test_numbers_of_kernels(kernels, activation):
     with machine():
-        check_update(update, arguments_of("fused 32 columns, one launch", kernels=kernels, size=(6, 7), activation=activation))
+        check_update(
+            update, arguments_of("fused 32 columns, one launch", kernels=kernels, size=(6, 7), activation=activation)
+        )
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,9 @@ def test_numbers_of_kernels(kernels, activation):
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 def test_geometries(geometry, activation):
     with machine():
-        arguments = make_arguments(**{"kernels": 16, "size": (9, 10), "steps": 2, **geometry}, activation=activation, **AFFINE_PARTS)
+        arguments = make_arguments(
+            **{"kernels": 16, "size": (9, 10), "steps": 2, **geometry}, activation=activation, **AFFINE_PARTS
+        )
         assert not describe(arguments)["general"]
         check_update(update, arguments)
 
@@ -214,7 +217,14 @@ def test_any_geometry(case):
 @given(case=cases(max_size=9))
 def test_any_geometry_fused(case):
     stride = 1 + case["stride"][0] % 2
-    case |= {"groups": 1, "channels": 3, "kernels": 16, "norm": "linf", "dtype": torch.float32, "stride": (stride, stride)}
+    case |= {
+        "groups": 1,
+        "channels": 3,
+        "kernels": 16,
+        "norm": "linf",
+        "dtype": torch.float32,
+        "stride": (stride, stride),
+    }
     case |= {"costate_dtype": None if case["costate_dtype"] == torch.float64 else case["costate_dtype"]}
     with machine("reverse"):
         check_update(update, make_arguments(**case))
@@ -224,7 +234,9 @@ def test_any_geometry_fused(case):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_general_kernel(norm, activation, dtype, schedule):
-    arguments = make_arguments(norm=norm, activation=activation, dtype=dtype, steps=2, kernels=4, size=(5, 6), **AFFINE_PARTS)
+    arguments = make_arguments(
+        norm=norm, activation=activation, dtype=dtype, steps=2, kernels=4, size=(5, 6), **AFFINE_PARTS
+    )
     assert describe(arguments)["general"]
     check_update(update, arguments)
 
