@@ -16,7 +16,7 @@ def test_train_writes_a_run_that_evaluate_can_test(tmp_path, capsys):
     assert json.loads((out / "run.json").read_text())["config"]["eps"] == 0.1
 
     report = tmp_path / "report.json"
-    test = ["evaluate", str(out / "best.pt"), "--attacks", "pgd-2,cw-2-2", "--samples", "50", "--out", str(report)]
+    test = ["evaluate", str(out / "model.pt"), "--attacks", "pgd-2,cw-2-2", "--samples", "50", "--out", str(report)]
     assert main(test) == 0
     printed = capsys.readouterr().out
     written = json.loads(report.read_text())
@@ -52,7 +52,7 @@ def test_compare_writes_everything(tmp_path, capsys):
     ]  # fmt: skip
     for method in rows:
         for seed in (0, 1):
-            assert (out / method / f"seed-{seed}" / "best.pt").is_file()
+            assert (out / method / f"seed-{seed}" / "model.pt").is_file()
     assert (out / "accuracy-time.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -45,15 +45,16 @@ class CountConvolutions(TorchDispatchMode):
 @pytest.mark.parametrize(("text", "passes", "updates"), COSTS, ids=[row[0] for row in COSTS])
 def test_a_batch_costs_what_the_method_declares(few_digits, text, passes, updates):
     trainer = Trainer(TrainConfig(method=text), dataset=few_digits, shown=False)
-    above_the_first = trainer.network.second[0].weight.shape
-    weights = [p.clone() for p in trainer.network.parameters()]
+    learner = trainer.learner
+    above_the_first = learner.module.second[0].weight.shape
+    weights = [p.clone() for p in learner.module.parameters()]
     with CountConvolutions(above_the_first) as counter:
-        trainer.step(next(trainer.source.epoch(0)), 0)
-    cost = trainer.method.cost()
+        learner.step(next(trainer.source.epoch(0)), 0, lr=0.1)
+    cost = learner.method.cost()
     assert tuple(counter.counts) == passes == (cost.forwards, cost.input_grads, cost.weight_grads)
-    assert trainer.updates == updates
-    assert all(not torch.equal(p, old) for p, old in zip(trainer.network.parameters(), weights, strict=True))
-    assert all(p.grad is None or not p.grad.any() for p in trainer.network.parameters())
+    assert learner.updates == updates
+    assert all(not torch.equal(p, old) for p, old in zip(learner.module.parameters(), weights, strict=True))
+    assert all(p.grad is None or not p.grad.any() for p in learner.module.parameters())
 
 
 def test_every_method_has_its_row():

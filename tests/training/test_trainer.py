@@ -10,7 +10,7 @@ from yopo_ext.training.trainer import Trainer
 
 
 def weights(trainer):
-    return {name: value.clone() for name, value in trainer.network.state_dict().items()}
+    return {name: value.clone() for name, value in trainer.learner.module.state_dict().items()}
 
 
 def same(a, b):
@@ -43,7 +43,7 @@ def test_methods_start_from_the_same_weights_and_see_the_same_batches(few_digits
 def test_natural_training_is_accurate_and_not_robust(digits):
     trainer = Trainer(TrainConfig(method="natural", epochs=8), dataset=digits, shown=False)
     result = trainer.fit()
-    found = evaluate(result.network, result.dataset.test, trainer.threat, [PgdAttack(10)])
+    found = evaluate(result.network, result.dataset.test, trainer.learner.threat, [PgdAttack(10)])
     assert found.clean > 92
     assert found.robust["pgd-10"] < 40
     assert found.worst <= min(found.clean, found.robust["pgd-10"])
@@ -52,7 +52,7 @@ def test_natural_training_is_accurate_and_not_robust(digits):
 def test_yopo_makes_it_robust(digits):
     trainer = Trainer(TrainConfig(method="yopo-5-3", epochs=8), dataset=digits, shown=False)
     result = trainer.fit()
-    found = evaluate(result.network, result.dataset.test, trainer.threat, [PgdAttack(10)])
+    found = evaluate(result.network, result.dataset.test, trainer.learner.threat, [PgdAttack(10)])
     assert found.clean > 90
     assert found.robust["pgd-10"] > 60
 
@@ -63,7 +63,7 @@ def test_the_folder_of_a_run(few_digits, tmp_path):
     result = trainer.fit()
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best.pt", "last.pt", "metrics.jsonl", "result.json", "run.json",
+        "last.pt", "metrics.jsonl", "model.pt", "result.json", "run.json",
     ]  # fmt: skip
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records] == [1, 2, 3]
@@ -72,7 +72,7 @@ def test_the_folder_of_a_run(few_digits, tmp_path):
     run = json.loads((folder / "run.json").read_text())
     assert run["config"]["lr"] == trainer.config.lr
     assert run["environment"]["packages"]["torch"] == torch.__version__
-    best = load_checkpoint(folder / "best.pt")
+    best = load_checkpoint(folder / "model.pt")
     assert same(best["model"], result.network.state_dict())
     assert best["validation"] == result.validation
     with pytest.raises(ValueError, match="out must be a folder without a run"):
@@ -102,7 +102,7 @@ def test_label_smoothing_changes_the_loss(few_digits):
     trainer = Trainer(TrainConfig(label_smoothing=0.1), dataset=few_digits, shown=False)
     logits, y = torch.randn(4, 10), torch.arange(4)
     expected = torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1)
-    assert torch.equal(trainer.loss(logits, y), expected)
+    assert torch.equal(trainer.learner.loss(logits, y), expected)
 
 
 def test_defaults_come_from_the_data_set_and_the_method():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -61,6 +62,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     return state
 
 
+def tested_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """The weights in a checkpoint that are to be tested: the averaged ones where there are any."""
+    average = state.get("average")
+    if average is None:
+        return state["model"]
+    return {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}
+
+
 class MetricsFile:
     """`metrics.jsonl`: one JSON object per line, appended as a run goes on."""
 
@@ -71,6 +80,11 @@ class MetricsFile:
     def append(self, record: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every whole record."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines if _epoch_of(line) < math.inf]
 
     def keep_through(self, epoch: int) -> None:
         """Drop the records of epochs after `epoch`: a resumed run writes them again."""
@@ -85,4 +99,4 @@ def _epoch_of(line: str) -> float:
     try:
         return float(json.loads(line).get("epoch", 0))
     except ValueError:  # the line that a kill cut short
-        return float("inf")
+        return math.inf

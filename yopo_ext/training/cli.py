@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ from yopo_ext.training import methods
 from yopo_ext.training.config import CompareConfig, EvaluateConfig, TrainConfig, resolve
 from yopo_ext.training.numbers import parse_number
 
-Job = Callable[[], None]
+Job = Callable[[], int]
+
+UNFINISHED = 75  # exit status: stopped on request, to be run again with --resume auto
 
 
 class Number(float):
@@ -68,8 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, FileNotFoundError) as error:
         print(f"yopo-ext {command}: error: {error}", file=sys.stderr)
         return 2
-    job()
-    return 0
+    return job()
 
 
 def make_parser() -> ArgumentParser:
@@ -85,7 +87,7 @@ def make_parser() -> ArgumentParser:
     commands.add_subcommand("train", train, help="train one model")
 
     evaluate = _command("Attack a trained model.")
-    evaluate.add_argument("checkpoint", type=str, help="best.pt or last.pt of a run")
+    evaluate.add_argument("checkpoint", type=str, help="model.pt or last.pt of a run")
     _add_options(evaluate, EvaluateConfig, skip=("checkpoint",))
     commands.add_subcommand("evaluate", evaluate, help="attack a trained model")
 
@@ -165,14 +167,17 @@ def _train(given: Namespace) -> Job:
         config.out = str(default_folder("train", config))
     trainer = Trainer(config)
 
-    def job() -> None:
-        result = trainer.fit()
+    def job() -> int:
+        result = trainer.fit(None if config.stop_after is None else time.monotonic() + config.stop_after)
+        if result is None:
+            return UNFINISHED
         print(
             f"{method.spec}: {result.seconds:.1f} s of training, {result.updates} updates, cost {method.cost()} units"
         )
         for name, value in result.validation.items():
             print(f"  {name}: {value:.4g}")
         print(f"  written to {config.out}")
+        return 0
 
     return job
 
@@ -183,7 +188,12 @@ def _evaluate(given: Namespace) -> Job:
     config = _build(EvaluateConfig, given, skip=("checkpoint",))
     config.checkpoint = given.checkpoint
     test = CheckpointTest(config)
-    return lambda: print(test.describe() if given.dry_run else test.run())
+
+    def job() -> int:
+        print(test.describe() if given.dry_run else test.run())
+        return 0
+
+    return job
 
 
 def _compare(given: Namespace) -> Job:
@@ -198,9 +208,13 @@ def _compare(given: Namespace) -> Job:
     if train.out is None:
         train.out = str(default_folder("compare", runs[0]))
 
-    def job() -> None:
-        print(table(compare(config)))
+    def job() -> int:
+        rows = compare(config)
+        if rows is None:
+            return UNFINISHED
+        print(table(rows))
         print(f"\nwritten to {train.out}")
+        return 0
 
     return job
 
@@ -213,7 +227,7 @@ def default_folder(command: str, config: TrainConfig) -> Path:
     return folder
 
 
-def _print_plan(runs: Sequence[TrainConfig], test_attacks: Sequence[str] = ()) -> None:
+def _print_plan(runs: Sequence[TrainConfig], test_attacks: Sequence[str] = ()) -> int:
     from yopo_ext.training.data import load_dataset
     from yopo_ext.training.estimate import Estimate, duration, estimate
     from yopo_ext.training.evaluation import parse_attack
@@ -230,6 +244,7 @@ def _print_plan(runs: Sequence[TrainConfig], test_attacks: Sequence[str] = ()) -
     training = sum(seen[run.method].training for run in runs)
     evaluation = sum(seen[run.method].evaluation for run in runs)
     print(f"in all: {len(runs)} runs, training {duration(training)}, evaluation {duration(evaluation)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from yopo_ext.training.checkpoint import MetricsFile, write_json
 from yopo_ext.training.config import CompareConfig, TrainConfig, resolve
@@ -40,22 +43,32 @@ def plan(config: CompareConfig) -> list[TrainConfig]:
     return runs
 
 
-def compare(config: CompareConfig, *, shown: bool = True) -> list[Row]:
+def compare(config: CompareConfig, *, shown: bool = True) -> list[Row] | None:
     """Train and test every method with every seed; write results, table and plot under `config.train.out`.
+
+    Returns None if `config.train.stop_after` ended it early; with `resume="auto"` the same call goes on from there.
 
     Writes metrics.jsonl (one line per run), comparison.json (the table with its environment), comparison.txt,
     accuracy-time.png, and one folder per run.
     """
     runs = plan(config)
+    deadline = None if config.train.stop_after is None else time.monotonic() + config.train.stop_after
     out = Path(config.train.out) if config.train.out else None
+    metrics = None if out is None else MetricsFile(out / "metrics.jsonl")
+    done = {} if metrics is None else {(r["method"], r["seed"]): r for r in metrics.read()}
+    if done and config.train.resume == "never":
+        raise ValueError(f"out must be a folder without a comparison unless resume is 'auto'; {out} holds one")
     dataset = load_dataset(config.train.dataset)
     records: list[dict[str, Any]] = []
-    metrics = None if out is None else MetricsFile(out / "metrics.jsonl")
     for run in runs:
-        record = run_and_test(run, dataset, config.test_attacks, shown=shown)
+        record = done.get((run.method, run.seed))
+        if record is None:
+            record = run_and_test(run, dataset, config.test_attacks, deadline, shown=shown)
+            if record is None:
+                return None
+            if metrics is not None:
+                metrics.append(record)
         records.append(record)
-        if metrics is not None:
-            metrics.append(record)
     rows = [Row.of([r for r in records if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in records)]
     order = [resolve(dataclasses.replace(config.train, method=m))[0].method for m in config.methods]
     rows.sort(key=lambda row: order.index(row.method))
@@ -79,16 +92,18 @@ def compare(config: CompareConfig, *, shown: bool = True) -> list[Row]:
 
 
 def run_and_test(
-    run: TrainConfig, dataset: Dataset, test_attacks: Sequence[str], *, shown: bool = True
-) -> dict[str, Any]:
-    """Train once and attack the selected weights on the test split."""
+    run: TrainConfig, dataset: Dataset, test_attacks: Sequence[str], deadline: float | None, *, shown: bool = True
+) -> dict[str, Any] | None:
+    """Train once and attack the selected weights on the test split; None if the deadline passed before."""
     trainer = Trainer(run, dataset=dataset, shown=shown)
-    result = trainer.fit()
-    found = evaluate(
-        result.network, result.dataset.test, trainer.threat, [parse_attack(a) for a in test_attacks], seed=run.seed
-    )
+    result = trainer.fit(deadline)
+    if result is None:
+        return None
+    attacks = [parse_attack(a) for a in test_attacks]
+    found = evaluate(result.network, result.dataset.test, trainer.learner.threat, attacks, seed=run.seed)
     cost = result.method.cost()
-    samples = trainer.batches_done * trainer.source.batch_size * trainer.fabric.world_size
+    samples = trainer.at.batches * trainer.source.batch_size * trainer.fabric.world_size
+    cuda = trainer.device.type == "cuda"
     return {
         "method": run.method,
         "seed": run.seed,
@@ -98,9 +113,10 @@ def run_and_test(
         "seconds": result.seconds,
         "updates": result.updates,
         "images_per_second": samples / result.seconds,
+        "peak_memory_mib": torch.cuda.max_memory_allocated(trainer.device) / 2**20 if cuda else None,
         "cost": {**dataclasses.asdict(cost), "total": cost.total},
         "selected": result.validation,
-        "curve": trainer.curve,
+        "curve": trainer.at.curve,
     }
 
 

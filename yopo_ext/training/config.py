@@ -30,13 +30,13 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     # One thread: networks this small gain little from a second one, and lose much on a machine with other work.
-    "digits": Preset("digits-cnn", eps=0.15, epochs=20, batch_size=32, lr=0.1, threads=1),
+    "digits": Preset("digits-cnn", eps=0.15, epochs=15, batch_size=32, lr=0.1, threads=1),
 }
 
 
 @dataclass
 class TrainConfig:
-    """One training run. None means: the data set's default (`PRESETS`), the learning rate scaled by the method."""
+    """One training run. None means: the default of the data set (`PRESETS`); for lr, scaled by the method."""
 
     method: str = option("yopo-5-3", "training method, with its numbers (pgd-10, yopo-5-3) or options (yopo:persist)")
     dataset: str = option("digits", "data set")
@@ -58,6 +58,8 @@ class TrainConfig:
     )
     milestones: tuple[float, ...] = option((), "piecewise schedule: fractions of the run, comma separated")
     warmup: float = option(0.0, "fraction of the run over which the learning rate also rises from 0")
+    clip: float | None = option(None, "largest gradient norm")
+    ema: float | None = option(None, "decay of an exponential moving average of the weights, which is then the result")
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
     augment: bool | None = option(None, "random crop and flip")
     validation_size: int | None = option(None, "training samples held out for validation")
@@ -67,7 +69,14 @@ class TrainConfig:
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = option("32-true", "arithmetic of the passes")
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run; auto: a GPU if there is one")
     devices: int = option(1, "processes, one per device")
+    compile: bool = option(False, "torch.compile the model")
+    channels_last: bool = option(False, "channels_last memory format")
     threads: int | None = option(None, "CPU threads")
+    resume: Literal["never", "auto"] = option(
+        "never", "auto: go on with the run that the folder holds, if it holds one"
+    )
+    save_every: float = option(300.0, "seconds between checkpoints inside an epoch")
+    stop_after: float | None = option(None, "save and leave after so many seconds, to go on later with --resume auto")
 
 
 def resolve(config: TrainConfig, method_options: dict[str, Any] | None = None) -> tuple[TrainConfig, Method]:
@@ -118,9 +127,28 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not lowest <= value < limit:
             raise ValueError(f"{name} must be in [{lowest:g}, {limit:g}); got {value}")
-    if config.time_budget is not None and config.time_budget <= 0:
-        raise ValueError(f"time_budget must be > 0 seconds; got {config.time_budget}")
+    for name in ("time_budget", "stop_after", "clip", "save_every"):
+        value = getattr(config, name)
+        if value is not None and not value > 0.0:
+            raise ValueError(f"{name} must be > 0; got {value}")
+    if config.ema is not None and not 0.0 < config.ema < 1.0:
+        raise ValueError(f"ema must be in (0, 1); got {config.ema}")
+    if config.resume == "auto" and config.out is None:
+        raise ValueError("out must name a folder with resume='auto'; got None")
+    if config.stop_after is not None and config.out is None:
+        raise ValueError("out must name a folder with stop_after; got None")
     make_schedule(config.schedule, config.milestones, config.warmup)
+
+
+# What may change between the parts of an interrupted run.
+CHANGEABLE = ("out", "data_dir", "download", "resume", "save_every", "stop_after")
+
+
+def differences(saved: dict[str, Any], config: TrainConfig) -> str:
+    """How a saved configuration differs from this one where the result depends on it; "" if it does not."""
+    now = dataclasses.asdict(config)
+    changed = [name for name in now if name not in CHANGEABLE and saved.get(name) != now[name]]
+    return ", ".join(f"{name} was {saved.get(name)!r}, not {now[name]!r}" for name in changed)
 
 
 def threat_model(config: TrainConfig) -> ThreatModel:
@@ -134,7 +162,7 @@ def threat_model(config: TrainConfig) -> ThreatModel:
 class EvaluateConfig:
     """Attacks on a trained model."""
 
-    checkpoint: str = option("", "best.pt or last.pt of a run")
+    checkpoint: str = option("", "model.pt or last.pt of a run")
     attacks: tuple[str, ...] = option(
         ("pgd-20",), "attacks, comma separated: pgd-STEPS[-RESTARTS], cw-STEPS[-RESTARTS]"
     )

@@ -38,7 +38,9 @@ class Estimate:
 
 def estimate(config: TrainConfig, dataset: Dataset, test_attacks: Sequence[PgdAttack] = ()) -> Estimate:
     """Time a few training steps and a small attack, then scale up. Writes no file."""
-    trainer = Trainer(dataclasses.replace(config, out=None), dataset=dataset, shown=False)
+    trainer = Trainer(
+        dataclasses.replace(config, out=None, resume="never", stop_after=None), dataset=dataset, shown=False
+    )
     cuda = trainer.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(trainer.device)
@@ -48,14 +50,14 @@ def estimate(config: TrainConfig, dataset: Dataset, test_attacks: Sequence[PgdAt
     for number in range(-1, probed):  # the first one warms up
         batch = next(batches, None) or next(batches := iter(trainer.source.epoch(0)))
         started = time.perf_counter()
-        trainer.step(batch, number + 1)
+        trainer.learner.step(batch, number + 1, trainer.lr())
         if cuda:
             torch.cuda.synchronize(trainer.device)
         elapsed += time.perf_counter() - started if number >= 0 else 0.0
     assert trainer.config.epochs is not None
     training = trainer.config.time_budget or elapsed / probed * trainer.source.batches * trainer.config.epochs
 
-    per_pass = seconds_per_pass(trainer.network, trainer.dataset.validation, trainer.threat)
+    per_pass = seconds_per_pass(trainer.learner.result, trainer.dataset.validation, trainer.learner.threat)
     validations = trainer.config.epochs / trainer.config.validate_every
     evaluation = per_pass * (
         validations * len(trainer.dataset.validation) * passes([PgdAttack(trainer.config.validation_steps)])

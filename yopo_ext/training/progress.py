@@ -14,11 +14,15 @@ QUIET_SECONDS = 10.0  # between plain lines
 class Progress:
     """Reports the batches and epochs of one run; silent unless `shown` (rank 0)."""
 
-    def __init__(self, title: str, total: int | None, *, shown: bool = True) -> None:
+    def __init__(self, title: str, total: int | None, done: int = 0, *, shown: bool = True) -> None:
         self.title, self.shown = title, shown
         self.said = time.monotonic()
         terminal = shown and sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=title, unit="batch", leave=False, dynamic_ncols=True) if terminal else None
+        self.bar = (
+            tqdm(total=total, initial=done, desc=title, unit="batch", leave=False, dynamic_ncols=True)
+            if terminal
+            else None
+        )
 
     def advance(self, batches: int = 1) -> None:
         if self.bar is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from yopo_ext import validation
-from yopo_ext.training.checkpoint import load_checkpoint, write_json
+from yopo_ext.training.checkpoint import load_checkpoint, tested_weights, write_json
 from yopo_ext.training.config import EvaluateConfig, TrainConfig, threat_model
 from yopo_ext.training.data import load_dataset
 from yopo_ext.training.environment import environment
@@ -41,7 +41,7 @@ class CheckpointTest:
         self.split = split.first(config.samples).to(self.device)
         assert self.trained.model is not None
         self.model, _ = build_model(self.trained.model, dataset.shape[0], dataset.classes)
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(tested_weights(state))
         self.model.to(self.device).eval()
 
     def describe(self) -> str:

@@ -1,27 +1,24 @@
-"""One training run: batches in, weights, metrics and checkpoints out. The method decides what happens to a batch."""
+"""One training run: epochs, validation, checkpoints, and going on after an interruption."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from yopo_ext import attacks
 from yopo_ext.training.augment import Augmentation
-from yopo_ext.training.checkpoint import MetricsFile, save_checkpoint, write_json
-from yopo_ext.training.config import TrainConfig, resolve, threat_model
-from yopo_ext.training.data import Batch, Dataset, PerSample, TensorSource, load_dataset, mix_seed
+from yopo_ext.training.checkpoint import MetricsFile, load_checkpoint, save_checkpoint, write_json
+from yopo_ext.training.config import TrainConfig, differences, resolve
+from yopo_ext.training.data import Dataset, TensorSource, load_dataset
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import PgdAttack, evaluate
-from yopo_ext.training.methods import Method, Outcome
-from yopo_ext.training.models import build_model
+from yopo_ext.training.learner import FabricLearner
+from yopo_ext.training.methods import Method
 from yopo_ext.training.progress import Progress
 from yopo_ext.training.schedules import make_schedule
 
@@ -39,42 +36,43 @@ class TrainResult:
     validation: dict[str, float]  # of the selected checkpoint
 
 
+@dataclass
+class Position:
+    """How far a run has come: what a checkpoint holds beside the learner's state."""
+
+    epoch: int = 0  # finished
+    batch: int = 0  # of the epoch under way, per process
+    batches: int = 0  # in all
+    seconds: float = 0.0
+    totals: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, correct, samples
+    best: dict[str, float] | None = None
+    curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (seconds, validation PGD accuracy)
+
+
 class Trainer:
-    """Trains one configuration. It is the `Learner` that the method sees."""
+    """Trains one configuration."""
 
     def __init__(self, config: TrainConfig, *, dataset: Dataset | None = None, shown: bool = True) -> None:
-        """`config` is resolved here; `dataset` replaces the one it names (several runs can share one in memory)."""
+        """`config` is resolved here; `dataset` replaces the one it names (several runs can share one in memory).
+
+        Sets PyTorch's number of CPU threads if the configuration does.
+
+        Raises:
+            ValueError, TypeError: for a configuration that cannot be run, or a folder that holds another run.
+        """
         from yopo_ext.training.fabric import make_fabric  # seconds of imports that --help should not pay
 
         self.config, self.method = resolve(config)
         self.folder = Path(self.config.out) if self.config.out is not None else None
-        if self.folder is not None and (self.folder / "last.pt").exists():
-            raise ValueError(f"out must be a folder without a run; {self.folder} holds one")
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
+        saved = self._find_run()
+        threads = self.config.threads if saved is None else saved["threads"]  # another number rounds differently
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.fabric = make_fabric(self.config)
         self.device = self.fabric.device
-        self.threat = threat_model(self.config)
         self.dataset = on_device(dataset or load_dataset(self.config.dataset), self.device)
-
-        torch.manual_seed(mix_seed(self.config.seed))
-        channels = self.dataset.shape[0]
-        assert self.config.model is not None
-        assert self.config.lr is not None
+        self.learner = FabricLearner(self.config, self.method, self.dataset, self.fabric)
         assert self.config.batch_size is not None
-        self.network, self.first_layer = build_model(self.config.model, channels, self.dataset.classes)
-        self.network.train()
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=self.config.lr,
-            momentum=self.config.momentum,
-            weight_decay=self.config.weight_decay,
-        )
-        wrapped, self.optimizer = self.fabric.setup(self.network, self.optimizer)
-        # Fabric's wrapper hides DDP's no_sync and refuses input gradients under mixed precision: use what it wraps.
-        self.replica: nn.Module = wrapped._forward_module
-        self.network = wrapped.module
-
         self.source = TensorSource(
             self.dataset.train,
             self.config.batch_size,
@@ -84,182 +82,216 @@ class Trainer:
             world=self.fabric.world_size,
         )
         self.schedule = make_schedule(self.config.schedule, self.config.milestones, self.config.warmup)
-        self.generator = torch.Generator(self.device)
-        self.kept = {name: self._first_kept(name) for name in self.method.keeps}
-        self.carried: dict[str, Tensor] = {}
-        self.epochs_done, self.batches_done, self.updates, self.seconds = 0, 0, 0, 0.0
-        self.best: dict[str, float] | None = None
-        self.curve: list[tuple[float, float]] = []  # (training seconds, validation PGD accuracy)
+        self.at = Position()
+        self.selected: dict[str, Tensor] | None = None
         self.leads = self.fabric.global_rank == 0  # the process that writes and prints
         self.shown = shown and self.leads
+        if saved is not None:
+            self.learner.load_state_dict(saved)
+            self.selected = saved["selected"]
+            self.at = Position(**saved["position"])
 
-    # What a method uses (methods.base.Learner).
+    def fit(self, deadline: float | None = None) -> TrainResult | None:
+        """Train to the end and select the result on the validation split.
 
-    def forward(self, x: Tensor) -> Tensor:
-        with self.autocast():
-            return self.replica(self._normalised(x)).float()
-
-    def predict(self, x: Tensor) -> Tensor:
-        with self.autocast():
-            return self.network(self._normalised(x)).float()
-
-    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
-
-    def backward(self, loss: Tensor) -> None:
-        self.fabric.backward(loss)
-
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.updates += 1
-
-    def attack(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        with self.autocast():
-            options = {**dataclasses.asdict(self.threat), "generator": self.generator, **options}
-            return attacks.pgd(self.network, x, y, **options).perturbation
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        return self.fabric.autocast()
-
-    # The run.
-
-    def fit(self) -> TrainResult:
-        """Train to the end and select the result on the validation split."""
-        config = self.config
-        assert config.epochs is not None
+        With a `deadline` (of `time.monotonic()`) the run is saved and left, and None returned, when it passes.
+        """
         metrics = self._open_folder()
-        total = None if config.time_budget else config.epochs * self.source.batches
-        progress = Progress(f"{config.method} seed {config.seed}", total, shown=self.shown)
-        selected: dict[str, Tensor] | None = None
+        total = None if self.config.time_budget else (self.config.epochs or 0) * self.source.batches
+        progress = Progress(f"{self.config.method} seed {self.config.seed}", total, self.at.batches, shown=self.shown)
         try:
-            while self._progress() < 1.0:
-                record = self._train_epoch(progress)
-                last = self._progress() >= 1.0
-                if last or self.epochs_done % config.validate_every == 0:
-                    record |= self._validate()
-                    self.curve.append((record["seconds"], record["validation_pgd"]))
-                    if self._is_best(record):
-                        self.best = {k: v for k, v in record.items() if k.startswith("validation_")} | {
-                            "epoch": record["epoch"]
-                        }
-                        selected = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
-                        self._save("best.pt")
+            while self.progress() < 1.0:
+                if not self._train_epoch(progress, deadline):
+                    progress.say(f"stopped after {self.at.seconds:.0f} s of training; --resume auto goes on from here")
+                    return None
+                record = self._end_epoch()
+                if "alarm" in record:
+                    progress.say(record["alarm"])
                 if metrics is not None:
                     metrics.append(record)
-                self._save("last.pt")
-                progress.epoch(record, last)
+                self._save()
+                progress.epoch(record, last=self.progress() >= 1.0)
         finally:
             progress.close()
-        if config.select == "best" and selected is not None:
-            self.network.load_state_dict(selected)
-        self.network.eval()
-        result = TrainResult(
-            config, self.method, self.network, self.dataset, self.seconds, self.updates, dict(self.best or {})
-        )
-        if self.folder is not None and self.leads:
-            write_json(
-                self.folder / "result.json",
-                {"method": config.method, "seconds": self.seconds, "updates": self.updates, "selected": self.best},
-            )
-        return result
+        return self._finish()
 
-    def step(self, batch: Batch, number: int) -> Outcome:
-        """Train on one batch. Its random numbers depend on the seed, the process and `number` alone."""
-        seed = mix_seed(self.config.seed, self.fabric.global_rank, number, 1)
-        self.generator.manual_seed(seed)
-        torch.manual_seed(seed)  # dropout
-        return self.method.train(self, batch)
-
-    def _train_epoch(self, progress: Progress) -> dict[str, Any]:
-        self.network.train()
-        totals = torch.zeros(3, device=self.device)  # loss, correct, samples: read once per epoch
-        self._synchronise()
-        started = time.perf_counter()
-        before = self.seconds
-        for batch in self.source.epoch(self.epochs_done):
-            if self._progress() >= 1.0:
-                break
-            lr = self.config.lr * self.schedule(self._progress(half_batch=True))  # type: ignore[operator]
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            outcome = self.step(batch, self.batches_done)
-            correct = (outcome.logits.argmax(1) == batch.y).sum()
-            totals += torch.stack([outcome.loss.float() * len(batch.y), correct, totals.new_tensor(len(batch.y))])
-            self.batches_done += 1
-            self.seconds = before + time.perf_counter() - started
-            progress.advance()
-        self._synchronise()
-        self.seconds = before + time.perf_counter() - started
-        self.epochs_done += 1
-        loss, correct_count, count = totals.tolist()
-        return {
-            "epoch": self.epochs_done,
-            "updates": self.updates,
-            "seconds": round(self.seconds, 3),
-            "lr": lr,
-            "train_loss": loss / max(count, 1),
-            "train_accuracy": 100.0 * correct_count / max(count, 1),
-        }
-
-    def _progress(self, half_batch: bool = False) -> float:
-        """How much of the run is done, 0..1; with `half_batch` at the middle of the batch to come."""
+    def progress(self, ahead: float = 0.0) -> float:
+        """How much of the run is done, 0..1, `ahead` batches from here."""
         if self.config.time_budget is not None:
-            return min(1.0, self.seconds / self.config.time_budget)
+            return min(1.0, self.at.seconds / self.config.time_budget)
         assert self.config.epochs is not None
-        return (self.batches_done + 0.5 * half_batch) / (self.config.epochs * self.source.batches)
+        return (self.at.batches + ahead) / (self.config.epochs * self.source.batches)
+
+    def lr(self) -> float:
+        """The learning rate of the batch to come."""
+        assert self.config.lr is not None
+        return self.config.lr * self.schedule(self.progress(ahead=0.5))
+
+    def _train_epoch(self, progress: Progress, deadline: float | None) -> bool:
+        """The rest of the epoch; False if the deadline ended it."""
+        self.learner.module.train()
+        totals = torch.tensor(self.at.totals, dtype=torch.float64, device=self.device)  # read back when saving
+        clock = Clock(self.device, self.at.seconds)
+        saved = time.monotonic()
+        for batch in self.source.epoch(self.at.epoch, self.at.batch):
+            if self.progress() >= 1.0:
+                break
+            outcome = self.learner.step(batch, self.at.batches, self.lr())
+            count = len(batch.y)
+            correct = (outcome.logits.argmax(1) == batch.y).sum()
+            totals += torch.stack([outcome.loss.double() * count, correct, totals.new_tensor(count)])
+            self.at.batches += 1
+            self.at.batch += 1
+            self.at.seconds = clock.read()
+            progress.advance()
+            now = time.monotonic()
+            stop = deadline is not None and now > deadline
+            if (stop or now - saved > self.config.save_every) and self.at.batch < self.source.batches:
+                self.at.seconds = clock.pause()
+                self.at.totals = totals.tolist()
+                self._save()
+                saved = time.monotonic()
+                if stop:
+                    return False
+                clock = Clock(self.device, self.at.seconds)
+        self.at.seconds = clock.pause()
+        self.at.totals = totals.tolist()
+        return True
+
+    def _end_epoch(self) -> dict[str, Any]:
+        """Validate where it is due; returns the epoch's record."""
+        lr = self.learner.optimizer.param_groups[0]["lr"]
+        loss, correct, count = self.at.totals
+        self.at.epoch += 1
+        self.at.batch, self.at.totals = 0, [0.0, 0.0, 0.0]
+        record: dict[str, Any] = {
+            "epoch": self.at.epoch,
+            "updates": self.learner.updates,
+            "seconds": round(self.at.seconds, 3),
+            "lr": lr,
+            "train_loss": loss / max(count, 1.0),
+            "train_accuracy": 100.0 * correct / max(count, 1.0),
+        }
+        self.learner.synchronise()
+        if self.progress() >= 1.0 or self.at.epoch % self.config.validate_every == 0:
+            record |= self._validate()
+            if self._overfits(record):
+                record["alarm"] = (
+                    f"catastrophic overfitting? PGD accuracy on validation fell from "
+                    f"{max(accuracy for _, accuracy in self.at.curve):.1f} % to {record['validation_pgd']:.1f} %, "
+                    f"accuracy on the training attack is {record['train_accuracy']:.1f} %"
+                )
+            self.at.curve.append((record["seconds"], record["validation_pgd"]))
+            if self._is_best(record):
+                found = {name: value for name, value in record.items() if name.startswith("validation_")}
+                self.at.best = {**found, "epoch": record["epoch"]}
+                self.selected = {k: v.detach().clone() for k, v in self.learner.result.state_dict().items()}
+                self._save_model()
+            elif self.config.select == "last":
+                self._save_model()
+        return record
 
     def _validate(self) -> dict[str, float]:
         attack = PgdAttack(self.config.validation_steps)
-        found = evaluate(self.network, self.dataset.validation, self.threat, [attack], seed=self.config.seed)
+        model, threat = self.learner.result, self.learner.threat
+        found = evaluate(model, self.dataset.validation, threat, [attack], seed=self.config.seed)
         return {"validation_clean": found.clean, "validation_pgd": found.robust[attack.name]}
 
     def _is_best(self, record: dict[str, Any]) -> bool:
         key = {"robust": "validation_pgd", "clean": "validation_clean"}[self.method.selects_by]
-        return self.best is None or record[key] >= self.best[key]
+        return self.at.best is None or record[key] >= self.at.best[key]
 
-    def _first_kept(self, name: str) -> PerSample:
-        train, threat = self.dataset.train, self.threat
-        if name != "perturbation":
-            return PerSample(torch.zeros(train.images.shape, device=self.device))
-        generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, 2))
-        parts = torch.arange(len(train), device=self.device).split(4096)
-        balls = (attacks.AdmissibleSet(train.x(part), threat.eps, threat.norm, threat.bounds) for part in parts)
-        return PerSample(torch.cat([ball.uniform(generator) for ball in balls]))
+    def _overfits(self, record: dict[str, Any]) -> bool:
+        """Robust accuracy has collapsed while the training attack is met as well as ever."""
+        if self.method.selects_by != "robust" or not self.at.curve:
+            return False
+        best = max(accuracy for _, accuracy in self.at.curve)
+        chance = 100.0 / self.dataset.classes
+        return best > 2 * chance and record["validation_pgd"] < 0.5 * best and record["train_accuracy"] > best
 
-    def _normalised(self, x: Tensor) -> Tensor:
-        if self.threat.mean is None or self.threat.std is None:
-            return x
-        return (x - attacks.broadcast(self.threat.mean, x)) / attacks.broadcast(self.threat.std, x)
+    def _finish(self) -> TrainResult:
+        network = self.learner.result
+        if self.config.select == "best":
+            assert self.selected is not None
+            network.load_state_dict(self.selected)
+        network.eval()
+        result = TrainResult(
+            self.config,
+            self.method,
+            network,
+            self.dataset,
+            self.at.seconds,
+            self.learner.updates,
+            dict(self.at.best or {}),
+        )
+        if self.folder is not None and self.leads:
+            summary = {"method": self.config.method, "seconds": self.at.seconds, "updates": self.learner.updates}
+            write_json(self.folder / "result.json", {**summary, "selected": self.at.best})
+        return result
 
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _find_run(self) -> dict[str, Any] | None:
+        """The state of the run in the folder, if it is to be gone on with."""
+        if self.folder is None or not (self.folder / "last.pt").exists():
+            return None
+        if self.config.resume == "never":
+            raise ValueError(f"out must be a folder without a run unless resume is 'auto'; {self.folder} holds one")
+        state = load_checkpoint(self.folder / "last.pt")
+        changed = differences(state["config"], self.config)
+        if changed:
+            raise ValueError(f"out must hold a run with the same configuration; in {self.folder} {changed}")
+        return state
 
     def _open_folder(self) -> MetricsFile | None:
         if self.folder is None or not self.leads:
             return None
         metrics = MetricsFile(self.folder / "metrics.jsonl")
-        write_json(
-            self.folder / "run.json",
-            {"config": dataclasses.asdict(self.config), "environment": environment(self.device)},
-        )
+        metrics.keep_through(self.at.epoch)
+        facts = {"config": dataclasses.asdict(self.config), "environment": environment(self.device)}
+        write_json(self.folder / "run.json", facts)
         return metrics
 
-    def _save(self, name: str) -> None:
+    def _save(self) -> None:
+        """Everything that `resume` needs."""
+        self.learner.synchronise()
         if self.folder is None or not self.leads:
             return
-        save_checkpoint(
-            self.folder / name,
-            {
-                "config": dataclasses.asdict(self.config),
-                "model": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "epoch": self.epochs_done,
-                "seconds": self.seconds,
-                "validation": self.best,
-            },
-        )
+        state = {**self._description(), **self.learner.state_dict(), "selected": self.selected}
+        save_checkpoint(self.folder / "last.pt", {**state, "position": dataclasses.asdict(self.at)})
+
+    def _save_model(self) -> None:
+        """The weights that are the result so far."""
+        if self.folder is None or not self.leads:
+            return
+        state = {**self._description(), "model": self.learner.result.state_dict(), "validation": self.at.best}
+        save_checkpoint(self.folder / "model.pt", state)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "config": dataclasses.asdict(self.config),
+            "shape": list(self.dataset.shape),
+            "classes": self.dataset.classes,
+            "threads": torch.get_num_threads(),
+        }
+
+
+class Clock:
+    """Seconds of training, across pauses; waits for the device when it is paused, not when it is read."""
+
+    def __init__(self, device: torch.device, before: float) -> None:
+        self.device, self.before = device, before
+        self._wait()
+        self.started = time.perf_counter()
+
+    def read(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    def pause(self) -> float:
+        self._wait()
+        return self.read()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def on_device(dataset: Dataset, device: torch.device) -> Dataset:

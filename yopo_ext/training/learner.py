@@ -1,0 +1,155 @@
+"""The model under training and everything that is done to it: passes, attacks, weight updates, averaging, its state."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from yopo_ext import attacks
+from yopo_ext.training.config import TrainConfig, threat_model
+from yopo_ext.training.data import Batch, Dataset, PerSample, mix_seed
+from yopo_ext.training.methods import Method, Outcome
+from yopo_ext.training.models import build_model
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+
+class FabricLearner:
+    """Implements `methods.Learner` on Lightning Fabric."""
+
+    def __init__(self, config: TrainConfig, method: Method, dataset: Dataset, fabric: Fabric) -> None:
+        assert config.model is not None
+        assert config.lr is not None
+        self.config, self.method, self.dataset, self.fabric = config, method, dataset, fabric
+        self.device = fabric.device
+        self.threat = threat_model(config)
+        torch.manual_seed(mix_seed(config.seed))
+        self.module, self.first_layer = build_model(config.model, dataset.shape[0], dataset.classes)
+        self.module.train()
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.optimizer: Any = torch.optim.SGD(
+            self.module.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        wrapped, self.optimizer = fabric.setup(self.module, self.optimizer)
+        # Fabric's wrapper hides DDP's no_sync and refuses input gradients under mixed precision: use what it wraps.
+        self.replica: nn.Module = wrapped._forward_module
+        self.network: nn.Module = self.module
+        if config.compile:
+            self.network = torch.compile(self.module)  # type: ignore[assignment]
+            self.replica = self.network if self.replica is self.module else torch.compile(self.replica)  # type: ignore[assignment]
+        self.average: AveragedModel | None = None
+        if config.ema is not None:
+            # Buffers too: BatchNorm's statistics must be those of the averaged weights, not of the last ones.
+            self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.generator = torch.Generator(self.device)
+        self.kept = {name: self._first_kept(name) for name in method.keeps}
+        self.carried: dict[str, Tensor] = {}
+        self.updates = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.autocast():
+            return self.replica(self._normalised(x)).float()
+
+    def predict(self, x: Tensor) -> Tensor:
+        with self.autocast():
+            return self.network(self._normalised(x)).float()
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
+
+    def backward(self, loss: Tensor) -> None:
+        self.fabric.backward(loss)
+
+    def update(self) -> None:
+        if self.config.clip is not None:
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        if self.average is not None:
+            self.average.update_parameters(self.module)
+
+    def attack(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        options = {**dataclasses.asdict(self.threat), "generator": self.generator, **options}
+        with self.autocast():
+            return attacks.pgd(self.network, x, y, **options).perturbation
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return self.fabric.autocast()
+
+    def step(self, batch: Batch, number: int, lr: float) -> Outcome:
+        """Train on one batch. Its random numbers depend on the seed, the process and `number` alone.
+
+        So a run that is taken up again at any batch goes on as if it had never stopped, without saved generators.
+        """
+        seed = mix_seed(self.config.seed, self.fabric.global_rank, number, 1)
+        self.generator.manual_seed(seed)
+        torch.manual_seed(seed)  # dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.config.channels_last:
+            batch = dataclasses.replace(batch, x=batch.x.contiguous(memory_format=self.memory_format))
+        return self.method.train(self, batch)
+
+    @property
+    def result(self) -> nn.Module:
+        """The model to test: the averaged one if there is one. Neither compiled nor wrapped."""
+        return self.module if self.average is None else self.average.module
+
+    def synchronise(self) -> None:
+        """Make every process equal: each has its own BatchNorm buffers and keeps the tensors of its own samples."""
+        if self.fabric.world_size == 1:
+            return
+        for buffer in self.module.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+        mine = torch.zeros(len(self.dataset.train), dtype=torch.bool, device=self.device)
+        mine[self.fabric.global_rank :: self.fabric.world_size] = True
+        for kept in self.kept.values():
+            kept.values[~mine] = 0.0
+            torch.distributed.all_reduce(kept.values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from, tensors and plain values only."""
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "kept": {name: kept.values for name, kept in self.kept.items()},
+            "carried": self.carried,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for name, kept in self.kept.items():
+            kept.values.copy_(state["kept"][name])
+        self.carried = {name: value.to(self.device) for name, value in state["carried"].items()}
+        self.updates = state["updates"]
+
+    def _first_kept(self, name: str) -> PerSample:
+        train, threat = self.dataset.train, self.threat
+        if name != "perturbation":
+            return PerSample(torch.zeros(train.images.shape, device=self.device))
+        generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, 2))
+        parts = torch.arange(len(train), device=self.device).split(4096)
+        balls = (attacks.AdmissibleSet(train.x(part), threat.eps, threat.norm, threat.bounds) for part in parts)
+        return PerSample(torch.cat([ball.uniform(generator) for ball in balls]))
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        if self.threat.mean is None or self.threat.std is None:
+            return x
+        return (x - attacks.broadcast(self.threat.mean, x)) / attacks.broadcast(self.threat.std, x)
