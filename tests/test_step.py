@@ -518,3 +518,22 @@ def test_autocast(stem: str) -> None:
     for mine, theirs in zip(mixed.parameters(), plain.parameters(), strict=True):
         assert mine.grad.dtype == torch.float32
         assert (mine.grad - theirs.grad).norm() <= 0.15 * theirs.grad.norm() + 1e-3
+
+
+def test_backward_runs_outside_autocast() -> None:
+    class Island(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 6, 3), nn.Linear(180, 5)
+
+        def forward(self, u: Tensor) -> Tensor:
+            hidden = self.first(u).flatten(1)
+            with torch.autocast("cpu", enabled=False):
+                return self.last(hidden.float())
+
+    x, y, _ = batch(torch.float32)
+    model = Island()
+    with torch.autocast("cpu", torch.bfloat16):
+        yopo_step(model, x, y, outer_steps=1)
+    gradient = model.last.weight.grad
+    assert not torch.equal(gradient.bfloat16().float(), gradient)

@@ -49,20 +49,6 @@ def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def second_forward(model: nn.Module) -> Iterator[None]:
-    """For the second of two forward passes before one backward: no broadcast may overwrite saved buffers."""
-    parallel = distributed(model)
-    if parallel is None:
-        yield
-        return
-    broadcasts, parallel.broadcast_buffers = parallel.broadcast_buffers, False
-    try:
-        yield
-    finally:
-        parallel.broadcast_buffers = broadcasts
-
-
-@contextmanager
 def restored_buffers_on_error(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     """Put every buffer back to its value if the block raises."""
     kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()] if wanted else []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import validation
 from .modes import evaluating, frozen_parameters
-from .passes import restored_buffers_on_error, second_forward, unsynchronised
+from .passes import restored_buffers_on_error, unsynchronised
 from .preparation import LossFunction, Preparation
 from .validation import Constants
 
@@ -216,10 +216,9 @@ def trades_yopo_step(
             eta = result.eta
             losses.append(result.loss)
         attack.close()
-        with unsynchronised(model):
+        with unsynchronised(model):  # which also keeps the second forward from overwriting buffers of the first
             clean_logits = model(step.normalised(step.x))
-        with second_forward(model):
-            logits = _logits(model(step.normalised(step.x + eta)))
+        logits = _logits(model(step.normalised(step.x + eta)))
         divergence = _divergence(logits, _logits(clean_logits).log_softmax(1))
         loss = loss_fn(clean_logits, y) + beta * divergence
         step.passes.descend(loss)
