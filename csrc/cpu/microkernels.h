@@ -35,12 +35,14 @@ YOPO_HD void dgrad_tile(const T* p, int64_t p_stride, int64_t kernels, const int
 
 template <class T, int C>
 void dgrad(const T* p, int64_t p_stride, int64_t kernels, const int64_t* offsets, int64_t taps, const T* weight, T* g,
-           int64_t g_stride, int64_t begin, int64_t end) {
+           int64_t g_stride, int64_t begin, int64_t end, Prefetch& ahead) {
   constexpr int kFit = kBlocking.dgrad_accumulators / C, kWide = kFit < 12 ? kFit : 12, kHalf = (kWide + 1) / 2;
   constexpr int64_t kStep = kLanes<T>;
   int64_t i = begin;
-  for (; end - i > (kWide - 1) * kStep; i += kWide * kStep)
+  for (; end - i > (kWide - 1) * kStep; i += kWide * kStep) {
+    ahead.turn();
     dgrad_tile<T, C, kWide>(p + i, p_stride, kernels, offsets, taps, weight, g + i, g_stride);
+  }
   for (; end - i > (kHalf - 1) * kStep; i += kHalf * kStep)
     dgrad_tile<T, C, kHalf>(p + i, p_stride, kernels, offsets, taps, weight, g + i, g_stride);
   for (; i < end; i += kStep) dgrad_tile<T, C, 1>(p + i, p_stride, kernels, offsets, taps, weight, g + i, g_stride);

@@ -59,6 +59,25 @@ YOPO_HD T lane_sum(V v) {
   }
 }
 
+// Memory wanted soon, asked for a few cache lines at a time between other work.
+class Prefetch {
+ public:
+  Prefetch() = default;
+  Prefetch(const void* from, int64_t bytes, int64_t turns)
+      : next_(static_cast<const char*>(from)), end_(next_ + bytes), per_turn_((bytes / turns / kLine + 1) * kLine) {}
+
+  YOPO_HD void turn() {
+    const char* until = end_ - next_ < per_turn_ ? end_ : next_ + per_turn_;
+    for (; next_ < until; next_ += kLine) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* next_ = nullptr;
+  const char* end_ = nullptr;
+  int64_t per_turn_ = 0;
+};
+
 YOPO_HD int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace yopo::YOPO_ISA

@@ -106,6 +106,19 @@ class Update {
         });
       return to;
     }
+
+    // What the block after this one will read, if it lies in one piece of memory.
+    Prefetch after(int64_t kernel, int64_t count) const {
+      const Params& p = update->p_;
+      const int64_t* strides = p.costate_strides;
+      const int64_t left = p.kernels - kernel - count, plane = p.out_height * p.out_width;
+      if (complete || left <= 0 || strides[3] != 1 || strides[2] != p.out_width || strides[1] != plane) return {};
+      const int64_t width = p.costate_dtype == DType::kFloat64 ? 8 : p.costate_dtype == DType::kFloat32 ? 4 : 2;
+      const int64_t first = image * strides[0] + (kernel + count) * plane;
+      const int64_t turns = update->l_.pixels / (kBlocking.dgrad_accumulators * kLanes<T>) + 1;  // tiles of a gradient
+      return Prefetch(static_cast<const char*>(p.costate) + first * width, (left < count ? left : count) * plane * width,
+                      turns);
+    }
   };
 
   void step(ImagePlanes<T>& planes, int64_t steps, bool first) const {
@@ -181,7 +194,8 @@ class Update {
   }
 
   // Adds the input gradient of `count` costate planes, the first being output channel k of its group.
-  void add_gradient(ImagePlanes<T>& planes, int64_t group, int64_t k, const T* costate, int64_t count) const {
+  void add_gradient(ImagePlanes<T>& planes, int64_t group, int64_t k, const T* costate, int64_t count,
+                    Prefetch ahead) const {
     const T* weight = weights_.dgrad + group * l_.group_kernels * l_.products;
     for (int64_t i = 0; i < l_.phases; ++i) {
       const Phase& phase = geometry_.phases[static_cast<size_t>(i)];
@@ -193,7 +207,7 @@ class Update {
           T* g = planes.input_gradient + ((group * l_.group_channels + c) * l_.phases + i) * l_.input_plane;
           dgrad<T, kC>(costate, l_.costate_plane, count, weights_.dgrad_offsets + phase.tap_begin, taps,
                        weight + k * taps * kC, g, l_.phases * l_.input_plane, w.row_begin * geometry_.row_stride,
-                       w.row_end * geometry_.row_stride);
+                       w.row_end * geometry_.row_stride, ahead);
           weight += l_.group_kernels * taps * kC;
         });
     }
@@ -211,7 +225,8 @@ class Update {
   void affine_gradient(ImagePlanes<T>& planes, CostateReader& costate) const {
     clear_gradient(planes);
     for_each_kernel_block([&](int64_t group, int64_t k, int64_t count) {
-      add_gradient(planes, group, k, costate.block(group * l_.group_kernels + k, count), count);
+      const int64_t kernel = group * l_.group_kernels + k;
+      add_gradient(planes, group, k, costate.block(kernel, count), count, costate.after(kernel, count));
     });
     costate.complete = true;
   }
@@ -255,8 +270,9 @@ class Update {
     clear_gradient(planes);
     for_each_kernel_block([&](int64_t group, int64_t k, int64_t count) {
       pre_activations(planes, group, k, count);
-      mask_costate(planes, costate.block(group * l_.group_kernels + k, count), count);
-      add_gradient(planes, group, k, planes.masked_costate, count);
+      const int64_t kernel = group * l_.group_kernels + k;
+      mask_costate(planes, costate.block(kernel, count), count);
+      add_gradient(planes, group, k, planes.masked_costate, count, costate.after(kernel, count));
     });
     costate.complete = true;
   }
