@@ -17,6 +17,7 @@ COSTS = [
     ("n-fgsm", (2, 2, 1), 1),
     ("fgsm-mep", (2, 3, 2), 1),
     ("trades-4", (7, 6, 2), 1),
+    ("trades-yopo-3-4", (6, 5, 2), 1),
     ("yopo-5-3", (5, 5, 5), 1),
     ("yopo-3-2:update-every=pass", (3, 3, 3), 3),
     ("yopo-3-2:train-on=last", (3, 3, 1), 1),
@@ -71,6 +72,7 @@ def test_every_method_has_its_row():
         ("free-8", 24),
         ("trades-10", 27),
         ("fgsm-mep", 7),
+        ("trades-yopo-3-4", 13),
     ],
 )
 def test_units(text, total):

@@ -15,6 +15,7 @@ from yopo_ext.training.methods.n_fgsm import NFgsm
 from yopo_ext.training.methods.natural import Natural
 from yopo_ext.training.methods.pgd import Pgd
 from yopo_ext.training.methods.trades import Trades
+from yopo_ext.training.methods.trades_yopo import TradesYopo
 from yopo_ext.training.methods.yopo import Yopo
 from yopo_ext.training.numbers import parse_number
 
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
         FgsmMep,  # one attack step with memory: the strongest of the cheap ones
         Trades,  # trades clean accuracy for robustness by a weight; the strongest of the dear ones
         Yopo,  # this package: adversary steps in the first layer only
+        TradesYopo,  # the same adversary under the TRADES loss
     )
 }
 

@@ -1,15 +1,19 @@
-"""Models by name; `MODELS` is the one list of this package's own."""
+"""Models by name: this package's own (`MODELS`), `wrn-DEPTH-WIDTH`, and any of timm's and torchvision's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
-from yopo_ext.training.models.small import digits_cnn
+from yopo_ext.training.models.preactresnet import PreActResNet, preactresnet18
+from yopo_ext.training.models.small import SmallCNN, digits_cnn
+from yopo_ext.training.models.wideresnet import WideResNet
+from yopo_ext.training.vision import import_torchvision
 
-__all__ = ["MODELS", "ModelEntry", "build_model", "check_model_name"]
+__all__ = ["MODELS", "ModelEntry", "PreActResNet", "SmallCNN", "WideResNet", "build_model", "check_model_name"]
 
 Builder = Callable[[int, int], nn.Module]  # (input channels, classes)
 
@@ -24,13 +28,17 @@ class ModelEntry:
 
 MODELS: dict[str, ModelEntry] = {
     "digits-cnn": ModelEntry(digits_cnn, "first"),  # conv + ReLU: a first layer with a real inner loop
+    "smallcnn": ModelEntry(SmallCNN, "feature_extractor.first"),  # the same on MNIST
+    "preactresnet18": ModelEntry(preactresnet18, "conv1"),  # affine: the inner steps collapse
 }
+_WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 
 
 def check_model_name(name: str | None) -> None:
     """Raise ValueError unless `build_model` knows this name."""
-    if name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
+    if not isinstance(name, str) or _builder(name) is None:
+        allowed = f"{', '.join(MODELS)}, wrn-DEPTH-WIDTH (wrn-34-10), timm/NAME, torchvision/NAME"
+        raise ValueError(f"model must be one of {allowed}; got {name!r}")
 
 
 def build_model(name: str, channels: int, classes: int) -> tuple[nn.Module, str | None]:
@@ -40,4 +48,44 @@ def build_model(name: str, channels: int, classes: int) -> tuple[nn.Module, str 
         ValueError: unknown name.
     """
     check_model_name(name)
-    return MODELS[name].build(channels, classes), MODELS[name].first_layer
+    entry = _builder(name)
+    assert entry is not None
+    return entry.build(channels, classes), entry.first_layer
+
+
+def _builder(name: str) -> ModelEntry | None:
+    if name in MODELS:
+        return MODELS[name]
+    wide = _WIDE.fullmatch(name)
+    if wide:
+        return ModelEntry(lambda c, k: WideResNet(int(wide[1]), int(wide[2]), c, k), "conv1")
+    library, _, model = name.partition("/")
+    if library == "timm":
+        return _from_timm(model)
+    if library == "torchvision":
+        return _from_torchvision(model)
+    return None
+
+
+def _from_timm(name: str) -> ModelEntry | None:
+    import_torchvision(required=False)  # timm imports it
+    try:
+        import timm
+    except ModuleNotFoundError:
+        return None
+    if not timm.is_model(name):
+        return None
+    return ModelEntry(lambda c, k: timm.create_model(name, pretrained=False, in_chans=c, num_classes=k))
+
+
+def _from_torchvision(name: str) -> ModelEntry | None:
+    torchvision = import_torchvision(required=False)
+    if torchvision is None or name not in torchvision.models.list_models(module=torchvision.models):
+        return None
+
+    def build(channels: int, classes: int) -> nn.Module:
+        if channels != 3:
+            raise ValueError(f"dataset must have 3 channels for model torchvision/{name}; got {channels}")
+        return torchvision.models.get_model(name, weights=None, num_classes=classes)
+
+    return ModelEntry(build)
