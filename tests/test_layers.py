@@ -17,7 +17,7 @@ CSRC_RULES = {
     "cpu": ({"core", "cpu", "launch.h"}, False, False),
     "cuda": ({"core", "cuda", "emulation", "launch.h"}, False, True),
     "emulation": ({"core", "cuda", "emulation", "launch.h"}, False, False),
-    "testing": ({"core", "cpu", "cuda", "emulation", "testing", "launch.h", "pybind11"}, False, False),
+    "testing": ({"core", "cpu", "cuda", "emulation", "testing", "torch", "launch.h", "pybind11"}, False, False),
     "torch": ({"core", "torch", "launch.h"}, True, False),
 }
 CUDA_HEADERS = re.compile(r"^(cuda|cooperative_groups|cub|mma\.h|nv/)")

@@ -7,12 +7,16 @@ namespace yopo::cuda {
 
 struct Sum {
   template <class T>
-  static YOPO_DEVICE T combine(T a, T b) { return a + b; }
+  static YOPO_DEVICE T combine(T a, T b) {
+    return a + b;
+  }
 };
 
 struct Largest {  // keeps a NaN
   template <class T>
-  static YOPO_DEVICE T combine(T a, T b) { return (a > b || a != a) ? a : b; }
+  static YOPO_DEVICE T combine(T a, T b) {
+    return (a > b || a != a) ? a : b;
+  }
 };
 
 // Every thread gets the result. `scratch` holds one value per warp and is free again on return.

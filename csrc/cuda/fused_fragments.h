@@ -43,12 +43,16 @@ YOPO_DEVICE void multiply_add(float (&d)[4], const Operand<kPrecise, 4>& a, cons
 // Costates a kernel is compiled for.
 struct Wide {  // fp32
   static constexpr int kBytes = 4;
-  static YOPO_DEVICE float load(const char* at, bool) { return bits_float(ld_stream(reinterpret_cast<const uint32_t*>(at))); }
+  static YOPO_DEVICE float load(const char* at, bool) {
+    return bits_float(ld_stream(reinterpret_cast<const uint32_t*>(at)));
+  }
   static YOPO_DEVICE void load_pair(const char* at, bool, float& first, float& second) {
     const auto bits = ld_stream(reinterpret_cast<const unsigned long long*>(at));
     first = bits_float(uint32_t(bits)), second = bits_float(uint32_t(bits >> 32));
   }
-  static YOPO_DEVICE void store(char* at, bool, float value) { st_stream(reinterpret_cast<uint32_t*>(at), float_bits(value)); }
+  static YOPO_DEVICE void store(char* at, bool, float value) {
+    st_stream(reinterpret_cast<uint32_t*>(at), float_bits(value));
+  }
   static YOPO_DEVICE void store_pair(char* at, bool, float first, float second) {
     st_stream(reinterpret_cast<unsigned long long*>(at),
               float_bits(first) | static_cast<unsigned long long>(float_bits(second)) << 32);
@@ -57,14 +61,22 @@ struct Wide {  // fp32
 
 struct Narrow {  // bf16 or fp16, chosen at run time
   static constexpr int kBytes = 2;
-  static YOPO_DEVICE float widen(uint16_t bits, bool half) { return half ? float_from_half(bits) : float_from_bfloat(bits); }
-  static YOPO_DEVICE uint16_t narrow(float value, bool half) { return half ? half_from_float(value) : bfloat_from_float(value); }
-  static YOPO_DEVICE float load(const char* at, bool half) { return widen(ld_stream(reinterpret_cast<const uint16_t*>(at)), half); }
+  static YOPO_DEVICE float widen(uint16_t bits, bool half) {
+    return half ? float_from_half(bits) : float_from_bfloat(bits);
+  }
+  static YOPO_DEVICE uint16_t narrow(float value, bool half) {
+    return half ? half_from_float(value) : bfloat_from_float(value);
+  }
+  static YOPO_DEVICE float load(const char* at, bool half) {
+    return widen(ld_stream(reinterpret_cast<const uint16_t*>(at)), half);
+  }
   static YOPO_DEVICE void load_pair(const char* at, bool half, float& first, float& second) {
     const auto bits = ld_stream(reinterpret_cast<const uint32_t*>(at));
     first = widen(uint16_t(bits), half), second = widen(uint16_t(bits >> 16), half);
   }
-  static YOPO_DEVICE void store(char* at, bool half, float value) { st_stream(reinterpret_cast<uint16_t*>(at), narrow(value, half)); }
+  static YOPO_DEVICE void store(char* at, bool half, float value) {
+    st_stream(reinterpret_cast<uint16_t*>(at), narrow(value, half));
+  }
   static YOPO_DEVICE void store_pair(char* at, bool half, float first, float second) {
     st_stream(reinterpret_cast<uint32_t*>(at), uint32_t(narrow(first, half)) | uint32_t(narrow(second, half)) << 16);
   }
@@ -87,16 +99,19 @@ struct CostateImage {
   template <class F>
   YOPO_DEVICE void with_pairs(F&& f) const {
     switch (pairs) {
-      case Pairs::kPixels: return f(PairsAs<Pairs::kPixels>{});
-      case Pairs::kKernels: return f(PairsAs<Pairs::kKernels>{});
-      default: return f(PairsAs<Pairs::kNone>{});
+      case Pairs::kPixels:
+        return f(PairsAs<Pairs::kPixels>{});
+      case Pairs::kKernels:
+        return f(PairsAs<Pairs::kKernels>{});
+      default:
+        return f(PairsAs<Pairs::kNone>{});
     }
   }
 
   // v[pixel][kernel]; offsets of the two pixels, either of which may lie outside the tile.
   template <Pairs kPairs>
-  YOPO_DEVICE void load_block(PairsAs<kPairs>, float (&v)[2][2], int first, int second, bool first_valid, bool second_valid,
-                              int k) const {
+  YOPO_DEVICE void load_block(PairsAs<kPairs>, float (&v)[2][2], int first, int second, bool first_valid,
+                              bool second_valid, int k) const {
     const int kernel = k * kernel_stride;
     v[0][0] = v[0][1] = v[1][0] = v[1][1] = 0.0f;
     if constexpr (kPairs == Pairs::kPixels) {  // valid together

@@ -8,14 +8,16 @@ namespace yopo::cuda {
 template <class V>
 struct FusedGradient : FusedTile<V> {
   using Base = FusedTile<V>;
+  using Base::args, Base::p, Base::plan, Base::weight, Base::bias, Base::sums, Base::u, Base::g, Base::exchange,
+      Base::offsets;
   using Base::Base;
-  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
-  using Base::args, Base::p, Base::plan, Base::weight, Base::bias, Base::sums, Base::u, Base::g, Base::exchange, Base::offsets;
-  using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group, Base::member;
+  using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group,
+      Base::member;
   using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
+  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
   using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
-  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
   using Base::take_tile, Base::load_input;
+  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
   using typename Base::Costate;
 
   // ---- 3) T of one band of pixels: 16 per warp ----------------------------------------------------------------------
@@ -26,7 +28,8 @@ struct FusedGradient : FusedTile<V> {
       const bool valid0 = pixel < end, valid1 = pixel + 1 < end;
       const int offset0 = valid0 ? costate_offset(costates, pixel) : 0;
       const int offset1 = valid1 ? costate_offset(costates, pixel + 1) : 0;
-      const int base0 = V::kAffine || !valid0 ? 0 : u_base(pixel), base1 = V::kAffine || !valid1 ? 0 : u_base(pixel + 1);
+      const int base0 = V::kAffine || !valid0 ? 0 : u_base(pixel),
+                base1 = V::kAffine || !valid1 ? 0 : u_base(pixel + 1);
       float t[kTiles][4] = {};
       for (int k0 = 0; k0 < K; k0 += V::kChunk * 8) {
         float q[V::kChunk][2][2];  // [pixel][kernel], kernels 2 * member and the next of every k-step
@@ -90,7 +93,8 @@ struct FusedGradient : FusedTile<V> {
     const int log_stride = stride() - 1, odd = stride() - 1;  // strides 1 and 2
     const int dilation_h = int(p.dilation[0]), dilation_w = int(p.dilation[1]);
     const int pad_h = int(p.padding[0]), pad_w = int(p.padding[1]);
-    int low = (o0 + row_of(begin)) * stride() - pad_h, high = (o0 + row_of(end - 1)) * stride() - pad_h + (R - 1) * dilation_h + 1;
+    int low = (o0 + row_of(begin)) * stride() - pad_h,
+        high = (o0 + row_of(end - 1)) * stride() - pad_h + (R - 1) * dilation_h + 1;
     low = low > y0 ? low : y0;
     high = high < y1 ? high : y1;
     const int rows = high - low;
@@ -108,7 +112,8 @@ struct FusedGradient : FusedTile<V> {
           for (int s = 0; s < S; ++s) {
             const int tx = x + pad_w - s * dilation_w, ox = tx >> log_stride;
             const unsigned local = unsigned(row + ox);
-            if (tx >= 0 && (tx & odd) == 0 && ox < OW && local < unsigned(end - begin)) sum += column[s * kRow.band_stride() + local];
+            if (tx >= 0 && (tx & odd) == 0 && ox < OW && local < unsigned(end - begin))
+              sum += column[s * kRow.band_stride() + local];
           }
         }
         g_row[x] += sum;

@@ -6,14 +6,14 @@
 //   D[k, column]     = sum_pixel q[pixel, k] u[pixel at column]
 //
 // Scale and shift of the affine part are folded into W and the bias once per block. Costates go from global memory
-// straight into mma fragments, because a fragment is a set of 2x2 blocks (two pixels, two kernels) and the order of the summed
-// index is free: an accumulator of z is at once a fragment of q. So p never passes through shared memory; its second
-// reading (for D) comes from L2.
+// straight into mma fragments, because a fragment is a set of 2x2 blocks (two pixels, two kernels) and the order of the
+// summed index is free: an accumulator of z is at once a fragment of q. So p never passes through shared memory; its
+// second reading (for D) comes from L2.
 //
-// Count, CIFAR 3->64, one image: p 256 KB and y 256 KB move; 3 products of 64 x 4 x 8 = 2048 mma (m16n8k8) each, 85 % of them useful
-// columns; shared memory: weights 4096, exchange 2000, images 4000 wavefronts of 128 bytes. At two images per processor
-// that is ~11 us of mma and ~12 us of shared memory beside ~33 us of device memory. Every further non-linear step adds
-// 4096 mma and one reading of p, from L2 or memory.
+// Count, CIFAR 3->64, one image: p 256 KB and y 256 KB move; 3 products of 64 x 4 x 8 = 2048 mma (m16n8k8) each, 85 %
+// of them useful columns; shared memory: weights 4096, exchange 2000, images 4000 wavefronts of 128 bytes. At two
+// images per processor that is ~11 us of mma and ~12 us of shared memory beside ~33 us of device memory. Every further
+// non-linear step adds 4096 mma and one reading of p, from L2 or memory.
 #pragma once
 
 #include "core/projection.h"
@@ -24,22 +24,25 @@ namespace yopo::cuda {
 template <class V>
 struct FusedBlock : FusedResults<V> {
   using Base = FusedResults<V>;
-  using Base::Base;
-  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
-  using Base::args, Base::p, Base::plan, Base::weight, Base::bias, Base::sums, Base::u, Base::g, Base::exchange, Base::offsets;
-  using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group, Base::member;
-  using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
-  using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
-  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
-  using Base::take_tile, Base::load_input;
   using Base::accumulate_gradient, Base::results;
+  using Base::args, Base::p, Base::plan, Base::weight, Base::bias, Base::sums, Base::u, Base::g, Base::exchange,
+      Base::offsets;
+  using Base::Base;
+  using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group,
+      Base::member;
+  using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
+  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
+  using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
+  using Base::take_tile, Base::load_input;
+  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
   using typename Base::Costate;
 
   // ---- 5) the projected step; u follows eta -------------------------------------------------------------------------
   YOPO_DEVICE void step(bool first, bool last) {
     const bool keeps_input = plan.mode == FusedMode::kResident && plan.u_rows > 0;
     const int rows = y1 - y0;
-    for (int task = warp(); task < C * rows; task += kFusedWarps) {  // the same elements for the same thread in every step
+    for (int task = warp(); task < C * rows;
+         task += kFusedWarps) {  // the same elements for the same thread in every step
       const int c = task / rows, y = y0 + task % rows;
       const float eps = constant(kEps, c), lo = constant(kLo, c), hi = constant(kHi, c), sigma = constant(kStepSize, c);
       const float divisor = args.update.constants.present(kStd) ? constant(kStd, c) : 1.0f;
@@ -47,8 +50,8 @@ struct FusedBlock : FusedResults<V> {
         float& sum = g[(c * plan.g_rows + y - y0) * W + column];
         const float gradient = sum / divisor, x = load(p.x, p.x_strides, c, y, column);
         sum = 0.0f;
-        float& target = args.eta_to[image * args.eta_to_strides[0] + c * args.eta_to_strides[1] + y * args.eta_to_strides[2] +
-                                    column * args.eta_to_strides[3]];
+        float& target = args.eta_to[image * args.eta_to_strides[0] + c * args.eta_to_strides[1] +
+                                    y * args.eta_to_strides[2] + column * args.eta_to_strides[3]];
         float eta = first ? load(args.eta_from, args.eta_from_strides, c, y, column) : target;
         const Interval<float> i = admissible_interval(x, eps, lo, hi);
         const bool masks = first && args.first;

@@ -22,9 +22,12 @@ Status launch_fused_as(const FusedArgs& args, int blocks, CudaStream stream) {
 template <int kRow>
 Status launch_fused_row(const FusedArgs& args, int blocks, CudaStream stream) {
   switch (args.update.params.activation) {
-    case Activation::kIdentity: return launch_fused_as<kRow, Compiled::kIdentity>(args, blocks, stream);
-    case Activation::kRelu: return launch_fused_as<kRow, Compiled::kRelu>(args, blocks, stream);
-    default: return launch_fused_as<kRow, Compiled::kAny>(args, blocks, stream);
+    case Activation::kIdentity:
+      return launch_fused_as<kRow, Compiled::kIdentity>(args, blocks, stream);
+    case Activation::kRelu:
+      return launch_fused_as<kRow, Compiled::kRelu>(args, blocks, stream);
+    default:
+      return launch_fused_as<kRow, Compiled::kAny>(args, blocks, stream);
   }
 }
 

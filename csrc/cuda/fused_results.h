@@ -8,28 +8,33 @@ namespace yopo::cuda {
 template <class V>
 struct FusedResults : FusedGradient<V> {
   using Base = FusedGradient<V>;
+  using Base::args, Base::p, Base::plan, Base::weight, Base::bias, Base::sums, Base::u, Base::g, Base::exchange,
+      Base::offsets;
   using Base::Base;
-  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
-  using Base::args, Base::p, Base::plan, Base::weight, Base::bias, Base::sums, Base::u, Base::g, Base::exchange, Base::offsets;
-  using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group, Base::member;
+  using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group,
+      Base::member;
   using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
+  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
   using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
-  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
   using Base::take_tile, Base::load_input;
+  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
   using typename Base::Costate;
 
-  // ---- 6) y = act(z) and D at eta', 16 pixels per warp at a time ----------------------------------------------------
+  static constexpr int kPixelTiles = V::kPixelTiles;
+
+  // ---- 6) y = act(z) and D at eta', 8 * kPixelTiles pixels per warp at a time ---------------------------------------
   YOPO_DEVICE void results() {
     const CostateImage<Costate> costates = image_of(p.costate, p.costate_strides, args.costate_pairs);
     const CostateImage<Costate> outputs = image_of(p.output, p.output_strides, args.output_pairs);
     const int count = pixels(), slice = 16 * kResultTiles, slices = (K + slice - 1) / slice;
     const int together = slices < kFusedWarps ? slices : kFusedWarps, members = kFusedWarps / together;
     for (int first = 0; first < slices; first += together) {
-      const int mine = first + warp() % together, order = warp() / together;  // which kernels, which share of the pixels
+      const int mine = first + warp() % together,
+                order = warp() / together;  // which kernels, which share of the pixels
       const bool works = mine < slices && order < members;
       float d[kResultTiles][kTiles][4] = {};
       if (works)
-        for (int pixel = order * 16; pixel < count; pixel += members * 16)
+        for (int pixel = order * 8 * kPixelTiles; pixel < count; pixel += members * 8 * kPixelTiles)
           results_of_tile(costates, outputs, pixel, count, mine * slice, d);
       if (!wants_sums()) continue;
       for (int turn = 0; turn < members; ++turn) {  // a fixed order of addition
@@ -39,15 +44,15 @@ struct FusedResults : FusedGradient<V> {
     }
   }
 
-  YOPO_DEVICE void results_of_tile(const CostateImage<Costate>& costates, const CostateImage<Costate>& outputs, int pixel,
-                                   int count, int k0, float (&d)[kResultTiles][kTiles][4]) const {
+  YOPO_DEVICE void results_of_tile(const CostateImage<Costate>& costates, const CostateImage<Costate>& outputs,
+                                   int pixel, int count, int k0, float (&d)[kResultTiles][kTiles][4]) const {
     // Rows of a fragment: kernels 2 * group, + 1 of each m-tile. Columns: pixels 2 * member, + 1 of each n-tile.
-    float q[2][kResultTiles][2][2];  // [n-tile][m-tile][pixel][kernel]
-    float z[2][kResultTiles][4];     // (k, px) (k, px + 1) (k + 1, px) (k + 1, px + 1)
-    int at[2][2], base[2], offset[2][2];
-    bool valid[2][2];
+    float q[kPixelTiles][kResultTiles][2][2];  // [n-tile][m-tile][pixel][kernel]
+    float z[kPixelTiles][kResultTiles][4];     // (k, px) (k, px + 1) (k + 1, px) (k + 1, px + 1)
+    int at[kPixelTiles][2], base[kPixelTiles], offset[kPixelTiles][2];
+    bool valid[kPixelTiles][2];
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < kPixelTiles; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         at[n][i] = pixel + n * 8 + 2 * member + i;
@@ -59,12 +64,12 @@ struct FusedResults : FusedGradient<V> {
     if (wants_sums()) {
       costates.with_pairs([&](auto pairs) {
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+        for (int n = 0; n < kPixelTiles; ++n)
 #pragma unroll
           for (int m = 0; m < kResultTiles; ++m) {
             const bool inside = k0 + m * 16 < K;
-            costates.load_block(pairs, q[n][m], offset[n][0], offset[n][1], valid[n][0] && inside, valid[n][1] && inside,
-                                k0 + m * 16 + 2 * group);
+            costates.load_block(pairs, q[n][m], offset[n][0], offset[n][1], valid[n][0] && inside,
+                                valid[n][1] && inside, k0 + m * 16 + 2 * group);
           }
       });
     }
@@ -74,7 +79,7 @@ struct FusedResults : FusedGradient<V> {
       if (wants_output())
         outputs.with_pairs([&](auto pairs) {
 #pragma unroll
-          for (int n = 0; n < 2; ++n)
+          for (int n = 0; n < kPixelTiles; ++n)
 #pragma unroll
             for (int m = 0; m < kResultTiles; ++m) {
               if (k0 + m * 16 >= K) continue;
@@ -87,21 +92,23 @@ struct FusedResults : FusedGradient<V> {
         });
       if (!V::kAffine && wants_sums()) {
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+        for (int n = 0; n < kPixelTiles; ++n)
 #pragma unroll
           for (int m = 0; m < kResultTiles; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) q[n][m][i % 2][i / 2] *= slope_of<V::kActivation>(p.activation, z[n][m][i], slope);
+            for (int i = 0; i < 4; ++i)
+              q[n][m][i % 2][i / 2] *= slope_of<V::kActivation>(p.activation, z[n][m][i], slope);
       }
     }
     if (wants_sums()) {
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < kPixelTiles; ++n) {
         const int base0 = valid[n][0] ? u_base(at[n][0]) : 0, base1 = valid[n][1] ? u_base(at[n][1]) : 0;
         Operand<kPrecise, 4> a[kResultTiles];  // columns member, member + 4: pixels 2 * member, 2 * member + 1
 #pragma unroll
         for (int m = 0; m < kResultTiles; ++m) {
-          a[m].set(0, q[n][m][0][0]), a[m].set(1, q[n][m][0][1]), a[m].set(2, q[n][m][1][0]), a[m].set(3, q[n][m][1][1]);
+          a[m].set(0, q[n][m][0][0]), a[m].set(1, q[n][m][0][1]), a[m].set(2, q[n][m][1][0]),
+              a[m].set(3, q[n][m][1][1]);
         }
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
@@ -117,21 +124,22 @@ struct FusedResults : FusedGradient<V> {
     }
   }
 
-  // z of 16 * kResultTiles kernels at 16 pixels; base: of pixel `group` of either n-tile
-  YOPO_DEVICE void compute_z(float (&z)[2][kResultTiles][4], const int (&base)[2], int k0) const {
+  // z of 16 * kResultTiles kernels at 8 * kPixelTiles pixels; base: of pixel `group` of either n-tile
+  YOPO_DEVICE void compute_z(float (&z)[kPixelTiles][kResultTiles][4], const int (&base)[kPixelTiles], int k0) const {
 #pragma unroll
     for (int m = 0; m < kResultTiles; ++m) {
       const int k = k0 + m * 16 + 2 * group;
       const float bias0 = k < K ? bias[k] : 0.0f, bias1 = k < K ? bias[k + 1] : 0.0f;
 #pragma unroll
-      for (int n = 0; n < 2; ++n) z[n][m][0] = z[n][m][1] = bias0, z[n][m][2] = z[n][m][3] = bias1;
+      for (int n = 0; n < kPixelTiles; ++n) z[n][m][0] = z[n][m][1] = bias0, z[n][m][2] = z[n][m][3] = bias1;
     }
 #pragma unroll V::kUnroll
     for (int step = 0; step < kTiles; ++step) {
       const int near = offsets[step * 8 + member], far = offsets[step * 8 + member + 4];
-      Operand<kPrecise, 2> b[2];
+      Operand<kPrecise, 2> b[kPixelTiles];
 #pragma unroll
-      for (int n = 0; n < 2; ++n) b[n].set_rounded(0, u[base[n] + near]), b[n].set_rounded(1, u[base[n] + far]);
+      for (int n = 0; n < kPixelTiles; ++n)
+        b[n].set_rounded(0, u[base[n] + near]), b[n].set_rounded(1, u[base[n] + far]);
 #pragma unroll
       for (int m = 0; m < kResultTiles; ++m) {
         const int k = k0 + m * 16;
@@ -141,7 +149,7 @@ struct FusedResults : FusedGradient<V> {
         a.set_rounded(0, w[0]), a.set_rounded(1, w[kRow.weight_stride()]);
         a.set_rounded(2, w[4]), a.set_rounded(3, w[kRow.weight_stride() + 4]);
 #pragma unroll
-        for (int n = 0; n < 2; ++n) multiply_add<kPrecise>(z[n][m], a, b[n]);
+        for (int n = 0; n < kPixelTiles; ++n) multiply_add<kPrecise>(z[n][m], a, b[n]);
       }
     }
   }

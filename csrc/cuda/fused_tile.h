@@ -12,8 +12,8 @@ struct FusedArgs {
   int64_t eta_from_strides[4];
   float* eta_to;
   int64_t eta_to_strides[4];
-  bool first;          // this launch's first step is the update's
-  int steps;           // of this launch
+  bool first;  // this launch's first step is the update's
+  int steps;   // of this launch
   Pairs costate_pairs, output_pairs;
   uint32_t out_width_reciprocal;  // ceil(2^32 / OW)
 };
@@ -27,7 +27,8 @@ struct FusedTraits {
   // Transcendental slopes and threefold products need registers themselves, and the time to hide fewer loads.
   static constexpr bool kHeavy = kActivation == Compiled::kAny || kPrecise;
   static constexpr int kResultTiles = kHeavy ? 1 : kRow.result_tiles;
-  static constexpr int kUnroll = kTiles <= 4 ? kTiles : 2;  // of loops over columns that hold no accumulators
+  static constexpr int kPixelTiles = kPrecise && kTiles > 4 ? 1 : 2;  // n-tiles of 8 pixels whose results come together
+  static constexpr int kUnroll = kTiles <= 4 ? kTiles : 2;            // of loops over columns that hold no accumulators
   static constexpr int kChunk = kActivation == Compiled::kAny ? 1 : kPrecise ? kRow.chunk / 2 : kRow.chunk;
   using Costate = Costate_;
 };
@@ -51,9 +52,20 @@ struct FusedTile {
   int y0, y1, o0, o1, u_top;
 
   YOPO_DEVICE explicit FusedTile(const FusedArgs& a)
-      : args(a), p(a.update.params), plan(a.plan), C(int(p.channels)), H(int(p.height)), W(int(p.width)), K(int(p.kernels)),
-        OH(int(p.out_height)), OW(int(p.out_width)), R(int(p.rows)), S(int(p.cols)), columns(C * R * S),
-        group(lane() / 4), member(lane() % 4) {
+      : args(a),
+        p(a.update.params),
+        plan(a.plan),
+        C(int(p.channels)),
+        H(int(p.height)),
+        W(int(p.width)),
+        K(int(p.kernels)),
+        OH(int(p.out_height)),
+        OW(int(p.out_width)),
+        R(int(p.rows)),
+        S(int(p.cols)),
+        columns(C * R * S),
+        group(lane() / 4),
+        member(lane() % 4) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     weight = shared + plan.weight, bias = shared + plan.bias, sums = shared + plan.sums;
     u = shared + plan.u, g = shared + plan.g, exchange = shared + plan.exchange;
@@ -65,7 +77,9 @@ struct FusedTile {
   YOPO_DEVICE bool wants_sums() const { return plan.mode != FusedMode::kMove && args.update.partial.data != nullptr; }
   YOPO_DEVICE bool wants_output() const { return plan.mode != FusedMode::kMove && p.output != nullptr; }
   template <class F>
-  YOPO_DEVICE float constant(F which, int c) const { return args.update.constants.template get<float>(which, c); }
+  YOPO_DEVICE float constant(F which, int c) const {
+    return args.update.constants.template get<float>(which, c);
+  }
 
   // ---- 1) weights with the affine part folded in, offsets of the columns, empty sums -------------------------------
   YOPO_DEVICE void load_parameters() {
@@ -117,7 +131,8 @@ struct FusedTile {
 
   template <class Bytes>
   YOPO_DEVICE CostateImage<Costate> image_of(Bytes* base, const int64_t (&strides)[4], Pairs pairs) const {
-    char* first = const_cast<char*>(static_cast<const char*>(base)) + (image * strides[0] + o0 * strides[2]) * Costate::kBytes;
+    char* first =
+        const_cast<char*>(static_cast<const char*>(base)) + (image * strides[0] + o0 * strides[2]) * Costate::kBytes;
     return {first, int(strides[1]), int(strides[2]), int(strides[3]), pairs, p.costate_dtype == DType::kFloat16};
   }
   YOPO_DEVICE int costate_offset(const CostateImage<Costate>& costates, int pixel) const {

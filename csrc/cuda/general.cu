@@ -15,20 +15,36 @@ __global__ void __launch_bounds__(ConstantsArgs::kValues) constants_kernel(const
   if (tid() < args.count) args.to[tid()] = args.values[tid()];
 }
 
-}  // namespace
-
-Status launch_constants(const Params& p, double* to, CudaStream stream) {
-  const ChannelConstant* constants[kConstants] = {&p.mean, &p.std, &p.step_size, &p.eps, &p.lo, &p.hi};
+// From launch arguments into device memory: nothing on the host is read later.
+Status store_constants(const Params& p, const ChannelConstant* const (&constants)[kConstants], double* to,
+                       CudaStream stream) {
   for (int i = 0; i < kConstants; ++i)
     for (int first = 0; first < constants[i]->count; first += ConstantsArgs::kValues) {
       ConstantsArgs args{};
-      args.count = constants[i]->count - first < ConstantsArgs::kValues ? constants[i]->count - first : ConstantsArgs::kValues;
+      args.count =
+          constants[i]->count - first < ConstantsArgs::kValues ? constants[i]->count - first : ConstantsArgs::kValues;
       args.to = to + i * p.channels + first;
       for (int c = 0; c < args.count; ++c) args.values[c] = constants[i]->values[first + c];
       const Status status = launch(constants_kernel, args, 1, ConstantsArgs::kValues, 0, stream);
       if (!status.ok()) return status;
     }
   return {};
+}
+
+}  // namespace
+
+Status prepare_constants(const Params& p, void* workspace, ConstantTable& table, CudaStream stream) {
+  const ChannelConstant* constants[kConstants] = {&p.mean, &p.std, &p.step_size, &p.eps, &p.lo, &p.hi};
+  table = {};
+  table.channels = int(p.channels);
+  for (int i = 0; i < kConstants; ++i) {
+    table.counts[i] = constants[i]->count;
+    for (int c = 0; c < constants[i]->count && c < ConstantTable::kInline; ++c)
+      table.values[i][c] = constants[i]->values[c];
+  }
+  if (p.channels <= ConstantTable::kInline) return {};
+  table.many = static_cast<const double*>(workspace);
+  return store_constants(p, constants, static_cast<double*>(workspace), stream);
 }
 
 Status launch_general(const UpdateArgs& args, int blocks, CudaStream stream) {

@@ -29,8 +29,18 @@ struct GeneralImage {
   bool clamp_input;  // u = clamp(x + eta, lo, hi) while eta moves; the results are taken at x + eta as it is
 
   YOPO_DEVICE GeneralImage(const UpdateArgs& a)
-      : args(a), p(a.params), image(0), H(int(p.height)), W(int(p.width)), OH(int(p.out_height)), OW(int(p.out_width)),
-        R(int(p.rows)), S(int(p.cols)), C(int(p.channels)), K(int(p.kernels)), group_channels(int(p.channels / p.groups)),
+      : args(a),
+        p(a.params),
+        image(0),
+        H(int(p.height)),
+        W(int(p.width)),
+        OH(int(p.out_height)),
+        OW(int(p.out_width)),
+        R(int(p.rows)),
+        S(int(p.cols)),
+        C(int(p.channels)),
+        K(int(p.kernels)),
+        group_channels(int(p.channels / p.groups)),
         group_kernels(int(p.kernels / p.groups)),
         q(a.costate_scratch ? static_cast<T*>(a.costate_scratch) + block() * p.kernels * OH * OW : nullptr),
         g(a.gradient_scratch ? static_cast<T*>(a.gradient_scratch) + block() * p.channels * H * W : nullptr),
@@ -117,7 +127,8 @@ struct GeneralImage {
     for_outputs([&](int k, int oy, int ox, int64_t i) {
       const T z = preactivation(k, oy, ox), slope = T(p.negative_slope);
       if (want_output)
-        store_as<T>(p.output, p.costate_dtype, at(p.output_strides, k, oy, ox), activation_value(p.activation, z, slope));
+        store_as<T>(p.output, p.costate_dtype, at(p.output_strides, k, oy, ox),
+                    activation_value(p.activation, z, slope));
       if (want_q) q[i] = costate(k, oy, ox) * activation_slope(p.activation, z, slope);
     });
   }

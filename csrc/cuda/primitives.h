@@ -29,12 +29,16 @@ YOPO_DEVICE char* shared_memory() { return yopo_shared_memory; }
 
 // Barriers are numbered so that tests can take one out of the emulated kernels and see it missed.
 template <int kSite>
-YOPO_DEVICE void sync() { __syncthreads(); }
+YOPO_DEVICE void sync() {
+  __syncthreads();
+}
 
 YOPO_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
 template <class T>
-YOPO_DEVICE T shfl_xor(T value, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, value, mask); }
+YOPO_DEVICE T shfl_xor(T value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
 
 YOPO_DEVICE uint32_t to_tf32(float value) {
   uint32_t bits;
@@ -47,17 +51,20 @@ YOPO_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // d += A (16x8, row) * B (8x8, col), one warp.
 YOPO_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 template <class T>
-YOPO_DEVICE T ld_stream(const T* address) { return __ldg(address); }
+YOPO_DEVICE T ld_stream(const T* address) {
+  return __ldg(address);
+}
 
 template <class T>
-YOPO_DEVICE void st_stream(T* address, T value) { __stcs(address, value); }
+YOPO_DEVICE void st_stream(T* address, T value) {
+  __stcs(address, value);
+}
 
 YOPO_DEVICE void store_pair(float* address, float first, float second) {  // shared memory, 8-byte aligned
   *reinterpret_cast<float2*>(address) = make_float2(first, second);
@@ -66,7 +73,8 @@ YOPO_DEVICE void store_pair(float* address, float first, float second) {  // sha
 YOPO_DEVICE uint16_t half_from_float(float value) { return __half_as_ushort(__float2half_rn(value)); }
 YOPO_DEVICE float float_from_half(uint16_t half) { return __half2float(__ushort_as_half(half)); }
 
-// ---- launching --------------------------------------------------------------------------------------------------------
+// ---- launching
+// --------------------------------------------------------------------------------------------------------
 
 struct DeviceLimits {
   int shared_bytes_per_block, shared_bytes_per_processor, processors;
@@ -83,13 +91,14 @@ inline DeviceLimits device_limits() {  // of the current device; attributes are 
 }
 
 template <class Args>
-inline Status launch(void (*kernel)(Args), const Args& args, int blocks, int threads, int shared_bytes, CudaStream stream) {
+inline Status launch(void (*kernel)(Args), const Args& args, int blocks, int threads, int shared_bytes,
+                     CudaStream stream) {
   if (shared_bytes > 48 * 1024) {  // needs an opt-in, once per kernel and device; cheap enough to repeat
     const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (e != cudaSuccess) return {cudaGetErrorString(e)};
   }
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(args);
+  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(args);
   const cudaError_t e = cudaGetLastError();
   return {e == cudaSuccess ? nullptr : cudaGetErrorString(e)};
 }

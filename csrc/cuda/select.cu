@@ -1,12 +1,12 @@
-#include "cuda/select.h"
-
 #include <algorithm>
 #include <cstdlib>
+
+#include "cuda/select.h"
 
 namespace yopo::cuda {
 namespace {
 
-constexpr int kReservedBytes = 1024;                  // of shared memory, per block, taken by the system
+constexpr int kReservedBytes = 1024;                   // of shared memory, per block, taken by the system
 constexpr int64_t kPartialBudget = int64_t(64) << 20;  // bytes of partial sums a launch may spread over its blocks
 constexpr int64_t kScratchBudget = int64_t(512) << 20;
 
@@ -29,9 +29,11 @@ const char* why_no_fused_kernel(const Params& p) {
   if (p.stride[0] != p.stride[1] || p.stride[0] > 2) return "the stride is neither 1 nor 2";
   if (p.kernels % 16 != 0) return "the number of output channels is no multiple of 16";
   if (columns_of(p) + 1 > kTuningTable[kTuningRows - 1].columns()) return "channels x kernel size is too large";
-  if (p.out_width < 2 || p.out_width > 4096 || p.out_height * p.out_width * p.out_width > kIntMax) return "the output size is out of range";
+  if (p.out_width < 2 || p.out_width > 4096 || p.out_height * p.out_width * p.out_width > kIntMax)
+    return "the output size is out of range";
   if (p.channels * p.height * p.width > kIntMax || p.batch * p.height > kIntMax) return "the input is too large";
-  if (span(p.costate_strides, p) > kIntMax || (p.output && span(p.output_strides, p) > kIntMax)) return "an image's costate is too large";
+  if (span(p.costate_strides, p) > kIntMax || (p.output && span(p.output_strides, p) > kIntMax))
+    return "an image's costate is too large";
   return nullptr;
 }
 
@@ -52,9 +54,9 @@ Selection select_kernel(const Params& p, const DeviceLimits& limits) {
   Selection s;
   s.why_general = why_no_fused_kernel(p);
   if (s.why_general == nullptr) {
-    const FusedShape shape{int(p.channels),   int(p.height),  int(p.width),      int(p.kernels),     int(p.out_height),
-                           int(p.out_width),  int(p.rows),    int(p.cols),       int(p.stride[0]),   int(p.padding[0]),
-                           int(p.dilation[0]), int(p.dilation[1]), p.affine(),   wants_sums(p),      p.output != nullptr};
+    const FusedShape shape{int(p.channels),    int(p.height),      int(p.width), int(p.kernels),   int(p.out_height),
+                           int(p.out_width),   int(p.rows),        int(p.cols),  int(p.stride[0]), int(p.padding[0]),
+                           int(p.dilation[0]), int(p.dilation[1]), p.affine(),   wants_sums(p),    p.output != nullptr};
     int row = 0;
     while (kTuningTable[row].columns() < columns_of(p) + 1) ++row;
     const TuningRow& tuning = kTuningTable[row];
@@ -87,7 +89,8 @@ Selection select_kernel(const Params& p, const DeviceLimits& limits) {
   const int64_t partial = wants_sums(p) ? p.kernels * (columns_of(p) + 1) * element : 1;
   const int64_t scratch = element * (p.kernels * p.out_height * p.out_width + p.channels * p.height * p.width) + 1;
   int64_t blocks = std::min<int64_t>(p.batch, int64_t(limits.processors) * 8);
-  blocks = std::min({blocks, std::max<int64_t>(1, kPartialBudget / partial), std::max<int64_t>(1, kScratchBudget / scratch)});
+  blocks = std::min(
+      {blocks, std::max<int64_t>(1, kPartialBudget / partial), std::max<int64_t>(1, kScratchBudget / scratch)});
   s.general_blocks = int(blocks);
   return s;
 }

@@ -31,7 +31,7 @@ Status launch_fused_32(const FusedArgs& args, int blocks, CudaStream stream);
 Status launch_fused_160(const FusedArgs& args, int blocks, CudaStream stream);
 Status launch_general(const UpdateArgs& args, int blocks, CudaStream stream);
 Status launch_reduce(const UpdateArgs& args, CudaStream stream);
-// Copies per-channel constants into device memory, from launch arguments: nothing on the host is read later.
-Status launch_constants(const Params& params, double* to, CudaStream stream);
+// The constants as a kernel reads them; many per-channel ones go to `workspace` [kConstants, C].
+Status prepare_constants(const Params& params, void* workspace, ConstantTable& table, CudaStream stream);
 
 }  // namespace yopo::cuda

@@ -10,16 +10,18 @@ constexpr int kFusedWarps = kFusedThreads / 32;
 
 struct TuningRow {
   const char* name;
-  int tiles;              // n-tiles of 8 columns: takes C * R * S + 1 <= 8 * tiles
-  int result_tiles;       // m-tiles of 16 kernels a warp keeps while it computes outputs and sums
-  int band_pixels;        // pixels whose T = q W is exchanged at a time
-  int band_buffers;       // 2: one barrier a band instead of two
+  int tiles;         // n-tiles of 8 columns: takes C * R * S + 1 <= 8 * tiles
+  int result_tiles;  // m-tiles of 16 kernels a warp keeps while it computes outputs and sums
+  int band_pixels;   // pixels whose T = q W is exchanged at a time
+  int band_buffers;  // 2: one barrier a band instead of two
   int blocks_per_processor;
-  int chunk;              // k-steps of 8 kernels whose costates a thread holds at once
+  int chunk;  // k-steps of 8 kernels whose costates a thread holds at once
   const char* reason;
 
   YOPO_HD constexpr int columns() const { return 8 * tiles; }
-  YOPO_HD constexpr int weight_stride() const { return columns() + 4; }  // 4 mod 32 (tiles = 4): fragment loads free of conflicts
+  YOPO_HD constexpr int weight_stride() const {
+    return columns() + 4;
+  }  // 4 mod 32 (tiles = 4): fragment loads free of conflicts
   YOPO_HD constexpr int band_stride() const { return band_pixels + 4; }  // 4 mod 16: likewise for the exchange
 };
 
@@ -27,7 +29,8 @@ constexpr TuningRow kTuningTable[] = {
     {"16 columns", 2, 2, 128, 2, 2, 8,
      "1 input channel, 3x3 (MNIST): half the multiplications of 32 columns; a tile of 16 pixels per warp and band"},
     {"32 columns", 4, 2, 128, 2, 2, 8,
-     "3 input channels, 3x3 (CIFAR), 1x5x5: 27 of 32 columns used; 60-75 KB, so two blocks share a processor with 227 KB "
+     "3 input channels, 3x3 (CIFAR), 1x5x5: 27 of 32 columns used; 60-75 KB, so two blocks share a processor with 227 "
+     "KB "
      "and one fits 99 KB; 32 costates and 16 accumulators, or 32 sums, per thread stay under 128 registers"},
     {"160 columns", 20, 1, 64, 1, 1, 4,
      "7x7x3 (ImageNet), 5x5x3: the exchange of 64 pixels takes 41 KB, the weights 42 KB, so one block fits 99 KB; 80 "

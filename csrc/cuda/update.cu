@@ -7,23 +7,12 @@ namespace yopo {
 namespace cuda {
 namespace {
 
-ConstantTable table_of(const Params& p, const double* many) {
-  ConstantTable t{};
-  t.channels = int(p.channels);
-  t.many = many;
-  const ChannelConstant* constants[kConstants] = {&p.mean, &p.std, &p.step_size, &p.eps, &p.lo, &p.hi};
-  for (int i = 0; i < kConstants; ++i) {
-    t.counts[i] = constants[i]->count;
-    for (int c = 0; c < constants[i]->count && c < ConstantTable::kInline; ++c) t.values[i][c] = constants[i]->values[c];
-  }
-  return t;
-}
-
 // Whether neighbours along `axis` may be read with one load for the costate (or output) at `data`.
 Pairs pairs_of(const Params& p, const void* data, const int64_t (&strides)[4], bool whole_images) {
   const int64_t bytes = p.costate_dtype == DType::kFloat32 ? 4 : 2;
   auto even = [](int64_t v) { return v % 2 == 0; };
-  if (data == nullptr || reinterpret_cast<uintptr_t>(data) % (2 * bytes) != 0 || (!even(strides[0]) && p.batch > 1)) return Pairs::kNone;
+  if (data == nullptr || reinterpret_cast<uintptr_t>(data) % (2 * bytes) != 0 || (!even(strides[0]) && p.batch > 1))
+    return Pairs::kNone;
   const bool flat = strides[3] == 1 && strides[2] == p.out_width;
   const bool even_pixels = even(p.out_width) || (whole_images && even(p.out_height * p.out_width));
   if (flat && even_pixels && even(strides[1])) return Pairs::kPixels;
@@ -33,9 +22,12 @@ Pairs pairs_of(const Params& p, const void* data, const int64_t (&strides)[4], b
 
 Status launch_fused(const Selection& s, const FusedArgs& args, int blocks, CudaStream stream) {
   switch (s.row) {
-    case 0: return launch_fused_16(args, blocks, stream);
-    case 1: return launch_fused_32(args, blocks, stream);
-    default: return launch_fused_160(args, blocks, stream);
+    case 0:
+      return launch_fused_16(args, blocks, stream);
+    case 1:
+      return launch_fused_32(args, blocks, stream);
+    default:
+      return launch_fused_160(args, blocks, stream);
   }
 }
 
@@ -89,21 +81,19 @@ Status first_layer_update_cuda(const Params& params, void* workspace, CudaStream
   using namespace cuda;
   const Selection selection = select_kernel(params, device_limits());
   const WorkspacePlan plan = plan_workspace(params, selection);
-  auto at = [&](int64_t offset) { return offset < 0 ? nullptr : static_cast<void*>(static_cast<char*>(workspace) + offset); };
+  auto at = [&](int64_t offset) {
+    return offset < 0 ? nullptr : static_cast<void*>(static_cast<char*>(workspace) + offset);
+  };
   UpdateArgs args{};
   args.params = params;
-  args.partial = {at(plan.partial), selection.partial_sums(), int(params.channels / params.groups * params.rows * params.cols)};
+  args.partial = {at(plan.partial), selection.partial_sums(),
+                  int(params.channels / params.groups * params.rows * params.cols)};
   args.costate_scratch = at(plan.costate_scratch);
   args.gradient_scratch = at(plan.gradient_scratch);
-  auto* many = static_cast<double*>(at(plan.constants));
-  if (many != nullptr) {
-    const Status status = launch_constants(params, many, stream);
-    if (!status.ok()) return status;
-  }
-  args.constants = table_of(params, many);
-  const Status status = selection.general()
-                            ? launch_general(args, selection.general_blocks, stream)
-                            : run_fused(selection, args, static_cast<float*>(at(plan.second_eta)), stream);
+  Status status = prepare_constants(params, at(plan.constants), args.constants, stream);
+  if (!status.ok()) return status;
+  status = selection.general() ? launch_general(args, selection.general_blocks, stream)
+                               : run_fused(selection, args, static_cast<float*>(at(plan.second_eta)), stream);
   if (!status.ok() || plan.partial < 0) return status;
   return launch_reduce(args, stream);
 }

@@ -31,7 +31,8 @@ constexpr size_t kGuardBytes = 4096;
 constexpr unsigned char kPoison = 0xFF;  // a NaN in every floating type
 constexpr unsigned kTsanNoSync = 1;
 
-// ---- switching stacks -------------------------------------------------------------------------------------------------
+// ---- switching stacks
+// -------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 struct Context {
@@ -65,8 +66,8 @@ void switch_context(Context& from, Context& to) { yopo_switch_stack(&from.stack_
 
 void prepare_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
   auto* top = reinterpret_cast<void**>(stack + bytes);
-  *--top = nullptr;                           // keeps the stack aligned at entry
-  *--top = reinterpret_cast<void*>(entry);    // popped by ret
+  *--top = nullptr;                              // keeps the stack aligned at entry
+  *--top = reinterpret_cast<void*>(entry);       // popped by ret
   for (int i = 0; i < 6; ++i) *--top = nullptr;  // callee-saved registers
   context.stack_pointer = top;
 }
@@ -86,7 +87,8 @@ void prepare_context(Context& context, char* stack, size_t bytes, void (*entry)(
 }
 #endif
 
-// ---- one block --------------------------------------------------------------------------------------------------------
+// ---- one block
+// --------------------------------------------------------------------------------------------------------
 
 enum class State { kReady, kAtBarrier, kAtWarp, kDone };
 
@@ -163,9 +165,9 @@ std::string describe_stall() {
     warp += m.fibers[i].state == State::kAtWarp;
     done += m.fibers[i].state == State::kDone;
   }
-  return "block " + std::to_string(m.block) + " is stuck: " + std::to_string(barrier) + " threads at the block barrier, " +
-         std::to_string(warp) + " at a warp collective, " + std::to_string(done) + " finished, of " +
-         std::to_string(m.threads);
+  return "block " + std::to_string(m.block) + " is stuck: " + std::to_string(barrier) +
+         " threads at the block barrier, " + std::to_string(warp) + " at a warp collective, " + std::to_string(done) +
+         " finished, of " + std::to_string(m.threads);
 }
 
 void run_block(int threads) {
@@ -222,7 +224,8 @@ void run_grid(int blocks, int threads, size_t shared_bytes, void (*body)(void*),
   if (threads % kWarp != 0) throw Failure("a block must be whole warps, not " + std::to_string(threads) + " threads");
   while (int(m.fibers.size()) < threads) {
     Fiber f;
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack =
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw Failure("no memory for a fibre's stack");
     f.stack = static_cast<char*>(stack);
     m.fibers.push_back(f);
@@ -281,8 +284,9 @@ const char* warp_exchange(int operation, const void* bytes_in, int bytes) {
   const int warp = m.current / kWarp, lane = m.current % kWarp;
   Warp& w = *m.warps[warp];
   if (w.arrived > 0 && w.operation != operation)
-    fail(("the lanes of warp " + std::to_string(warp) + " diverge: lane " + std::to_string(lane) + " reached collective " +
-         std::to_string(operation) + ", others collective " + std::to_string(w.operation)).c_str());
+    fail(("the lanes of warp " + std::to_string(warp) + " diverge: lane " + std::to_string(lane) +
+          " reached collective " + std::to_string(operation) + ", others collective " + std::to_string(w.operation))
+             .c_str());
   w.operation = operation;
   const int generation = w.generation;
   copy_plain(w.slots[generation][lane], static_cast<const char*>(bytes_in), bytes);

@@ -1,8 +1,8 @@
 // Runs one CUDA thread block on the CPU: a fibre per thread, all on one OS thread.
 //
-// A fibre runs until a collective (a barrier, a warp exchange), so a schedule decides in which order threads reach the code
-// between two collectives. Shared memory starts as NaN, and threads that do not meet at the same collective are an error.
-// This translation unit is never instrumented by ThreadSanitizer; the kernels are, and fibres switch without
+// A fibre runs until a collective (a barrier, a warp exchange), so a schedule decides in which order threads reach the
+// code between two collectives. Shared memory starts as NaN, and threads that do not meet at the same collective are an
+// error. This translation unit is never instrumented by ThreadSanitizer; the kernels are, and fibres switch without
 // synchronising them, so that only barriers order what two threads do.
 #pragma once
 

@@ -1,4 +1,5 @@
-// The CUDA kernels' own source on the CPU, for pytest: memory by address, so that arrays of any dtype and strides will do.
+// The CUDA kernels' own source on the CPU, for pytest: memory by address, so that arrays of any dtype and strides will
+// do.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,7 +27,8 @@ struct OwnedParams {
       for (size_t i = 0; i < values.size(); ++i) to[i] = values[i];
     };
     Params& p = params;
-    p.batch = integer("batch"), p.channels = integer("channels"), p.height = integer("height"), p.width = integer("width");
+    p.batch = integer("batch"), p.channels = integer("channels"), p.height = integer("height"),
+    p.width = integer("width");
     p.kernels = integer("kernels"), p.out_height = integer("out_height"), p.out_width = integer("out_width");
     p.rows = integer("rows"), p.cols = integer("cols"), p.groups = integer("groups");
     list("stride", p.stride), list("padding", p.padding), list("dilation", p.dilation);
@@ -78,9 +80,11 @@ PYBIND11_MODULE(_emulated, m) {
   py::register_exception<emulation::Failure>(m, "Failure", PyExc_RuntimeError);
   m.def("run", &run);
   m.def("describe", &describe);
-  m.def("set_schedule", [](int schedule, uint64_t seed) { emulation::set_schedule(emulation::Schedule(schedule), seed); });
+  m.def("set_schedule",
+        [](int schedule, uint64_t seed) { emulation::set_schedule(emulation::Schedule(schedule), seed); });
   m.def("remove_barrier", &emulation::remove_barrier);
-  m.def("set_limits", [](int block, int processor, int processors) { cuda::set_device_limits({block, processor, processors}); });
+  m.def("set_limits",
+        [](int block, int processor, int processors) { cuda::set_device_limits({block, processor, processors}); });
   m.def("tuning_table", [] {
     py::list rows;
     for (const cuda::TuningRow& r : cuda::kTuningTable) rows.append(py::make_tuple(r.name, r.columns(), r.reason));

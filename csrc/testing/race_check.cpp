@@ -55,7 +55,8 @@ struct Problem {
 
   explicit Problem(const Case& c) {
     p.compute = p.costate_dtype = c.compute;
-    const int out = (c.size + 2 * c.padding - c.kernel) / c.stride + 1, batch = c.size > 30 ? 2 : 9;  // more tiles than blocks
+    const int out = (c.size + 2 * c.padding - c.kernel) / c.stride + 1,
+              batch = c.size > 30 ? 2 : 9;  // more tiles than blocks
     p.batch = batch, p.channels = c.channels, p.height = p.width = c.size;
     p.kernels = c.kernels, p.out_height = p.out_width = out, p.rows = p.cols = c.kernel, p.groups = 1;
     for (int i = 0; i < 2; ++i) p.stride[i] = c.stride, p.padding[i] = c.padding, p.dilation[i] = 1;
