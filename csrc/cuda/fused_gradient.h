@@ -20,7 +20,7 @@ struct FusedGradient : FusedTile<V> {
   using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
   using typename Base::Costate;
 
-  // ---- 3) T of one band of pixels: 16 per warp ----------------------------------------------------------------------
+  // ---- 3) T of one band of pixels: 16 per warp ----
   YOPO_DEVICE void multiply_band(const CostateImage<Costate>& costates, int begin, int end, float* to) const {
     for (int local = warp() * 16; local < kRow.band_pixels; local += kFusedWarps * 16) {
       if (begin + local >= end) break;
@@ -88,7 +88,7 @@ struct FusedGradient : FusedTile<V> {
     q[1][1] *= slope_of<V::kActivation>(p.activation, z[3], slope);
   }
 
-  // ---- 4) g += what the band's pixels send to every input element; one thread owns an element -----------------------
+  // ---- 4) g += what the band's pixels send to every input element; one thread owns an element ----
   YOPO_DEVICE void gather_band(int begin, int end, const float* from) const {
     const int log_stride = stride() - 1, odd = stride() - 1;  // strides 1 and 2
     const int dilation_h = int(p.dilation[0]), dilation_w = int(p.dilation[1]);

@@ -37,7 +37,7 @@ struct FusedBlock : FusedResults<V> {
   using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
   using typename Base::Costate;
 
-  // ---- 5) the projected step; u follows eta -------------------------------------------------------------------------
+  // ---- 5) the projected step; u follows eta ----
   YOPO_DEVICE void step(bool first, bool last) {
     const bool keeps_input = plan.mode == FusedMode::kResident && plan.u_rows > 0;
     const int rows = y1 - y0;

@@ -22,7 +22,7 @@ struct FusedResults : FusedGradient<V> {
 
   static constexpr int kPixelTiles = V::kPixelTiles;
 
-  // ---- 6) y = act(z) and D at eta', 8 * kPixelTiles pixels per warp at a time ---------------------------------------
+  // ---- 6) y = act(z) and D at eta', 8 * kPixelTiles pixels per warp at a time ----
   YOPO_DEVICE void results() {
     const CostateImage<Costate> costates = image_of(p.costate, p.costate_strides, args.costate_pairs);
     const CostateImage<Costate> outputs = image_of(p.output, p.output_strides, args.output_pairs);

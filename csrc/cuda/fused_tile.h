@@ -81,7 +81,7 @@ struct FusedTile {
     return args.update.constants.template get<float>(which, c);
   }
 
-  // ---- 1) weights with the affine part folded in, offsets of the columns, empty sums -------------------------------
+  // ---- 1) weights with the affine part folded in, offsets of the columns, empty sums ----
   YOPO_DEVICE void load_parameters() {
     const float* w = static_cast<const float*>(p.weight);
     const float* scale = static_cast<const float*>(p.scale);
@@ -140,7 +140,7 @@ struct FusedTile {
     return row * costates.row_stride + (pixel - row * OW) * costates.col_stride;
   }
 
-  // ---- 2) u, zero outside the image; g empty ------------------------------------------------------------------------
+  // ---- 2) u, zero outside the image; g empty ----
   YOPO_DEVICE float normalised(float v, int c) const {
     if (args.update.constants.present(kMean)) v = (v - constant(kMean, c)) / constant(kStd, c);
     return shared_precision<kPrecise>(v);

@@ -49,9 +49,10 @@ YOPO_DEVICE uint32_t to_tf32(float value) {
 YOPO_DEVICE uint32_t float_bits(float value) { return __float_as_uint(value); }
 YOPO_DEVICE float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 
-// d += A (16x8, row) * B (8x8, col), one warp.
+// d += A (16x8, row) * B (8x8, col), one warp. volatile: must not sink into a branch that only some lanes take.
 YOPO_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -73,8 +74,7 @@ YOPO_DEVICE void store_pair(float* address, float first, float second) {  // sha
 YOPO_DEVICE uint16_t half_from_float(float value) { return __half_as_ushort(__float2half_rn(value)); }
 YOPO_DEVICE float float_from_half(uint16_t half) { return __half2float(__ushort_as_half(half)); }
 
-// ---- launching
-// --------------------------------------------------------------------------------------------------------
+// ---- launching ----
 
 struct DeviceLimits {
   int shared_bytes_per_block, shared_bytes_per_processor, processors;
@@ -98,8 +98,10 @@ inline Status launch(void (*kernel)(Args), const Args& args, int blocks, int thr
                                                cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (e != cudaSuccess) return {cudaGetErrorString(e)};
   }
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(args);
-  const cudaError_t e = cudaGetLastError();
+  void* arguments[] = {const_cast<Args*>(&args)};
+  const cudaError_t e =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)),
+                       arguments, size_t(shared_bytes), static_cast<cudaStream_t>(stream));
   return {e == cudaSuccess ? nullptr : cudaGetErrorString(e)};
 }
 

@@ -31,8 +31,7 @@ constexpr size_t kGuardBytes = 4096;
 constexpr unsigned char kPoison = 0xFF;  // a NaN in every floating type
 constexpr unsigned kTsanNoSync = 1;
 
-// ---- switching stacks
-// -------------------------------------------------------------------------------------------------
+// ---- switching stacks ----
 
 #if defined(__x86_64__)
 struct Context {
@@ -87,8 +86,7 @@ void prepare_context(Context& context, char* stack, size_t bytes, void (*entry)(
 }
 #endif
 
-// ---- one block
-// --------------------------------------------------------------------------------------------------------
+// ---- one block ----
 
 enum class State { kReady, kAtBarrier, kAtWarp, kDone };
 

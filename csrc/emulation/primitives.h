@@ -110,8 +110,7 @@ inline void store_pair(float* address, float first, float second) {
 inline uint16_t half_from_float(float value) { return narrow<Float16>(value).bits; }
 inline float float_from_half(uint16_t half) { return widen(Float16{half}); }
 
-// ---- launching
-// --------------------------------------------------------------------------------------------------------
+// ---- launching ----
 
 struct DeviceLimits {
   int shared_bytes_per_block, shared_bytes_per_processor, processors;

@@ -1,5 +1,5 @@
-// Runs the CPU kernels on random geometries under whatever sanitizer it was built with, tensors in exactly sized blocks, on
-// several threads, and holds them against plain loops. Exits with 1 on a difference.
+// Runs the CPU kernels on random geometries under whatever sanitizer it was built with, tensors in exactly sized
+// blocks, on several threads, and holds them against plain loops. Exits with 1 on a difference.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -34,7 +34,8 @@ struct Case {
     double z = bias[static_cast<size_t>(k)];
     each_tap(oh, ow, [&](int64_t h, int64_t w, int64_t tap) {
       for (int64_t c = 0; c < in; ++c)
-        z += weight[at4(k, c, 0, tap, in, 1, p.rows * p.cols)] * u[at4(b, group * in + c, h, w, p.channels, p.height, p.width)];
+        z += weight[at4(k, c, 0, tap, in, 1, p.rows * p.cols)] *
+             u[at4(b, group * in + c, h, w, p.channels, p.height, p.width)];
     });
     return z;
   }
@@ -92,7 +93,8 @@ struct Case {
       const int64_t group = k / (p.kernels / p.groups);
       each_tap(oh, ow, [&](int64_t h, int64_t w, int64_t tap) {
         for (int64_t c = 0; c < in; ++c)
-          gw[at4(k, c, 0, tap, in, 1, p.rows * p.cols)] += q * u[at4(b, group * in + c, h, w, p.channels, p.height, p.width)];
+          gw[at4(k, c, 0, tap, in, 1, p.rows * p.cols)] +=
+              q * u[at4(b, group * in + c, h, w, p.channels, p.height, p.width)];
       });
     });
     for (size_t i = 0; i < gw.size(); ++i) worst = std::fmax(worst, std::fabs(gw[i] - grad_weight[i]));
@@ -132,7 +134,8 @@ int main() {
     p.activation = pick(0, 1) == 0 ? Activation::kIdentity : Activation::kSilu;
     p.steps = pick(0, 3);
     p.norm = Norm::kLinf;
-    p.step_size = {&c.constants[0], 1}, p.eps = {&c.constants[1], 1}, p.lo = {&c.constants[2], 1}, p.hi = {&c.constants[3], 1};
+    p.step_size = {&c.constants[0], 1}, p.eps = {&c.constants[1], 1}, p.lo = {&c.constants[2], 1},
+    p.hi = {&c.constants[3], 1};
     const int64_t pixels = p.channels * p.height * p.width, outputs = p.kernels * p.out_height * p.out_width;
     fill(c.x, p.batch * pixels, [&] { return uniform(random); });
     fill(c.eta, p.batch * pixels, [&] { return 0.1 * uniform(random) - 0.05; });
@@ -141,8 +144,10 @@ int main() {
     fill(c.bias, p.kernels, [&] { return normal(random); });
     c.eta_out.resize(c.x.size()), c.output.resize(c.costate.size());
     c.grad_weight.resize(c.weight.size()), c.grad_bias.resize(c.bias.size());
-    p.x = c.x.data(), p.eta = c.eta.data(), p.costate = c.costate.data(), p.weight = c.weight.data(), p.bias = c.bias.data();
-    p.eta_out = c.eta_out.data(), p.output = c.output.data(), p.grad_weight = c.grad_weight.data(), p.grad_bias = c.grad_bias.data();
+    p.x = c.x.data(), p.eta = c.eta.data(), p.costate = c.costate.data(), p.weight = c.weight.data(),
+    p.bias = c.bias.data();
+    p.eta_out = c.eta_out.data(), p.output = c.output.data(), p.grad_weight = c.grad_weight.data(),
+    p.grad_bias = c.grad_bias.data();
     contiguous(p.x_strides, p.channels, p.height, p.width);
     contiguous(p.eta_strides, p.channels, p.height, p.width);
     contiguous(p.eta_out_strides, p.channels, p.height, p.width);
