@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/macros.h"
 
@@ -43,6 +44,27 @@ template <class T>
 YOPO_HD void store(T* to, Vec<T> v) {
   *reinterpret_cast<typename Simd<T>::Unaligned*>(to) = v;
 }
+// Keeps the compiler from recomputing or reloading a value at each of its uses.
+template <class V>
+YOPO_HD void keep_in_register([[maybe_unused]] V& value) {
+#if defined(__x86_64__)
+  if constexpr (std::is_pointer_v<V>) {
+    asm("" : "+r"(value));
+  } else {
+    asm("" : "+v"(value));
+  }
+#endif
+}
+
+// `chosen` in the first n lanes, `rest` in the others.
+template <class T>
+YOPO_HD Vec<T> select_first(int64_t n, Vec<T> chosen, Vec<T> rest) {
+  if (n >= kLanes<T>) return chosen;
+  Vec<T> lane;
+  for (int64_t i = 0; i < kLanes<T>; ++i) lane[i] = static_cast<T>(i);
+  return lane < static_cast<T>(n) ? chosen : rest;
+}
+
 // The sum of a vector's lanes, by halves: always in the same order.
 template <class T, int kBytes>
 struct Halves {

@@ -193,6 +193,13 @@ class Update {
                 static_cast<size_t>(p_.channels * l_.phases * l_.input_plane) * sizeof(T));
   }
 
+  // Whether rows fill vectors well enough to be worked on one by one (see dgrad_rows).
+  bool dense_rows_3x3() const {
+    const int64_t padded = round_up(geometry_.row_stride, kLanes<T>);
+    return 4 * geometry_.row_stride >= 3 * padded && p_.rows == 3 && p_.cols == 3 && p_.stride[0] == 1 && p_.stride[1] == 1 && p_.dilation[0] == 1 &&
+           p_.dilation[1] == 1;
+  }
+
   // Adds the input gradient of `count` costate planes, the first being output channel k of its group.
   void add_gradient(ImagePlanes<T>& planes, int64_t group, int64_t k, const T* costate, int64_t count,
                     Prefetch ahead) const {
@@ -205,9 +212,14 @@ class Update {
         with_width<kChannelBlock>(l_.group_channels - c, [&](auto width) {
           constexpr int kC = decltype(width)::value;
           T* g = planes.input_gradient + ((group * l_.group_channels + c) * l_.phases + i) * l_.input_plane;
-          dgrad<T, kC>(costate, l_.costate_plane, count, weights_.dgrad_offsets + phase.tap_begin, taps,
-                       weight + k * taps * kC, g, l_.phases * l_.input_plane, w.row_begin * geometry_.row_stride,
-                       w.row_end * geometry_.row_stride, ahead);
+          if (kC == 1 && dense_rows_3x3()) {
+            dgrad_rows<T>(costate, l_.costate_plane, count, geometry_.row_stride, weight + k * taps, g, w.row_begin, w.row_end,
+                          ahead);
+          } else {
+            dgrad<T, kC>(costate, l_.costate_plane, count, weights_.dgrad_offsets + phase.tap_begin, taps,
+                         weight + k * taps * kC, g, l_.phases * l_.input_plane, w.row_begin * geometry_.row_stride,
+                         w.row_end * geometry_.row_stride, ahead);
+          }
           weight += l_.group_kernels * taps * kC;
         });
     }
@@ -231,15 +243,17 @@ class Update {
     costate.complete = true;
   }
 
-  // Pre-activations of a block of output channels, into planes.output.
-  void pre_activations(ImagePlanes<T>& planes, int64_t group, int64_t k, int64_t count) const {
+  // Pre-activations of a block of output channels, to `finish(channel in the block, flat position, vector)`.
+  template <class Finish>
+  void pre_activations(ImagePlanes<T>& planes, int64_t group, int64_t k, int64_t count, const Finish& finish) const {
     const T* u = planes.input + group * l_.group_channels * l_.phases * l_.input_plane;
     for (int64_t i = 0; i < count; i += kBlocking.forward_kernels)
       with_width<kBlocking.forward_kernels>(count - i, [&](auto width) {
         const int64_t kernel = group * l_.group_kernels + k + i;
-        forward<T, decltype(width)::value>(u, weights_.forward_offsets, l_.products,
-                                           weights_.forward + kernel * l_.products, weights_.bias + kernel,
-                                           geometry_.out_size, planes.output + i * l_.costate_plane, l_.costate_plane);
+        Finish at = finish;
+        at.skip(i);
+        forward<T, decltype(width)::value>(u, weights_.forward_offsets, l_.products, weights_.forward + kernel * l_.products,
+                                           weights_.bias + kernel, geometry_.out_size, at);
       });
   }
 
@@ -269,9 +283,14 @@ class Update {
   void nonlinear_gradient(ImagePlanes<T>& planes, CostateReader& costate) const {
     clear_gradient(planes);
     for_each_kernel_block([&](int64_t group, int64_t k, int64_t count) {
-      pre_activations(planes, group, k, count);
       const int64_t kernel = group * l_.group_kernels + k;
-      mask_costate(planes, costate.block(kernel, count), count);
+      const T* p = costate.block(kernel, count);
+      if (p_.activation == Activation::kRelu) {
+        pre_activations(planes, group, k, count, MaskCostateByRelu<T>{p, planes.masked_costate, l_.costate_plane});
+      } else {
+        pre_activations(planes, group, k, count, StorePreActivation<T>{planes.output, l_.costate_plane});
+        mask_costate(planes, p, count);
+      }
       add_gradient(planes, group, k, planes.masked_costate, count, costate.after(kernel, count));
     });
     costate.complete = true;
@@ -284,7 +303,8 @@ class Update {
       const int64_t kernel = group * l_.group_kernels + k;
       const T* costate = need_weights ? reader.block(kernel, count) : nullptr;
       // a) Pre-activations of the block, and from them the masked costate and the output.
-      if (need_output || mask) pre_activations(planes, group, k, count);
+      if (need_output || mask)
+        pre_activations(planes, group, k, count, StorePreActivation<T>{planes.output, l_.costate_plane});
       if (mask) mask_costate(planes, costate, count);
       if (need_output) {
         activate(planes, count);
