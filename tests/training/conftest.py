@@ -8,7 +8,8 @@ import pytest
 if any(find_spec(name) is None for name in ("jsonargparse", "lightning", "matplotlib", "sklearn", "tqdm")):
     collect_ignore_glob = ["test_*.py"]
 else:
-    from yopo_ext.training.data import Dataset, load_dataset
+    from yopo_ext.training.data import Dataset
+    from yopo_ext.training.datasets import load_dataset
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yopo_ext.training.augment import Augmentation, Placement
-from yopo_ext.training.data import Batch, PerSample, Split, TensorSource, load_dataset, mix_seed, stratified_split
+from yopo_ext.training.data import Batch, PerSample, Split, TensorSource, mix_seed, stratified_split
+from yopo_ext.training.datasets import load_dataset
 
 
 def test_digits_splits_are_disjoint_stratified_and_fixed(digits):

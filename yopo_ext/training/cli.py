@@ -228,11 +228,11 @@ def default_folder(command: str, config: TrainConfig) -> Path:
 
 
 def _print_plan(runs: Sequence[TrainConfig], test_attacks: Sequence[str] = ()) -> int:
-    from yopo_ext.training.data import load_dataset
+    from yopo_ext.training.datasets import dataset_of
     from yopo_ext.training.estimate import Estimate, duration, estimate
     from yopo_ext.training.evaluation import parse_attack
 
-    dataset = load_dataset(runs[0].dataset)
+    dataset = dataset_of(runs[0])
     attacks = [parse_attack(a) for a in test_attacks]
     seen: dict[str, Estimate] = {}
     for run in runs:

@@ -12,7 +12,8 @@ import torch
 
 from yopo_ext.training.checkpoint import MetricsFile, write_json
 from yopo_ext.training.config import CompareConfig, TrainConfig, resolve
-from yopo_ext.training.data import Dataset, load_dataset
+from yopo_ext.training.data import Dataset
+from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import evaluate, parse_attack
 from yopo_ext.training.report import Row, save_plot, table
@@ -58,7 +59,7 @@ def compare(config: CompareConfig, *, shown: bool = True) -> list[Row] | None:
     done = {} if metrics is None else {(r["method"], r["seed"]): r for r in metrics.read()}
     if done and config.train.resume == "never":
         raise ValueError(f"out must be a folder without a comparison unless resume is 'auto'; {out} holds one")
-    dataset = load_dataset(config.train.dataset)
+    dataset = dataset_of(config.train)
     records: list[dict[str, Any]] = []
     for run in runs:
         record = done.get((run.method, run.seed))

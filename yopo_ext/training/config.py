@@ -25,12 +25,20 @@ class Preset:
     batch_size: int
     lr: float
     augment: bool = False
+    validate_every: int = 1
     threads: int | None = None  # CPU threads; None: PyTorch's choice
 
 
 PRESETS: dict[str, Preset] = {
     # One thread: networks this small gain little from a second one, and lose much on a machine with other work.
-    "digits": Preset("digits-cnn", eps=0.15, epochs=15, batch_size=32, lr=0.1, threads=1),
+    "digits": Preset("digits-cnn", eps=0.15, epochs=15, batch_size=32, lr=0.1, validate_every=2, threads=1),
+    "mnist": Preset("smallcnn", eps=0.3, epochs=10, batch_size=128, lr=0.05),
+    "fashion-mnist": Preset("smallcnn", eps=0.1, epochs=10, batch_size=128, lr=0.05),
+    # No mirror image and no crop for digits in the street: a mirrored 2 is no digit.
+    "svhn": Preset("preactresnet18", eps=8 / 255, epochs=30, batch_size=128, lr=0.05),
+    "cifar10": Preset("preactresnet18", eps=8 / 255, epochs=30, batch_size=128, lr=0.2, augment=True),
+    "cifar100": Preset("preactresnet18", eps=8 / 255, epochs=30, batch_size=128, lr=0.2, augment=True),
+    "imagefolder": Preset("torchvision/resnet18", eps=4 / 255, epochs=30, batch_size=128, lr=0.1, augment=True),
 }
 
 
@@ -39,10 +47,15 @@ class TrainConfig:
     """One training run. None means: the default of the data set (`PRESETS`); for lr, scaled by the method."""
 
     method: str = option("yopo-5-3", "training method, with its numbers (pgd-10, yopo-5-3) or options (yopo:persist)")
-    dataset: str = option("digits", "data set")
+    dataset: str = option("digits", f"data set: {', '.join(PRESETS)}")
     data_dir: str = option("data", "folder that holds or receives data sets")
     download: bool = option(False, "download the data set if it is not in the folder")
-    model: str | None = option(None, "model")
+    image_size: int | None = option(
+        None, "imagefolder: images are resized and cropped to so many pixels (default: 224)"
+    )
+    model: str | None = option(
+        None, "model: digits-cnn, smallcnn, preactresnet18, wrn-34-10, timm/NAME, torchvision/NAME"
+    )
     eps: float | None = option(None, "radius of the ball, in pixel units (pixels in [0, 1]; 8/255 is fine)")
     norm: Literal["linf", "l2"] = option("linf", "norm of the ball")
     seed: int = option(0, "seed of weights, batch order and attacks")
@@ -63,7 +76,7 @@ class TrainConfig:
     label_smoothing: float = option(0.0, "label smoothing of the training loss")
     augment: bool | None = option(None, "random crop and flip")
     validation_size: int | None = option(None, "training samples held out for validation")
-    validate_every: int = option(1, "epochs between validations")
+    validate_every: int | None = option(None, "epochs between validations")
     validation_steps: int = option(10, "PGD steps of the validation attack")
     select: Literal["best", "last"] = option("best", "which checkpoint is the result: best on validation, or last")
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = option("32-true", "arithmetic of the passes")
@@ -95,6 +108,7 @@ def resolve(config: TrainConfig, method_options: dict[str, Any] | None = None) -
         "batch_size": preset.batch_size,
         "lr": preset.lr * method.lr_scale,
         "augment": preset.augment,
+        "validate_every": preset.validate_every,
         "threads": preset.threads,
     }
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
@@ -114,7 +128,7 @@ def check(config: TrainConfig) -> None:
     for name, low in (("epochs", 1), ("batch_size", 1), ("validate_every", 1), ("validation_steps", 1), ("devices", 1)):
         validation.integer(name, getattr(config, name), low)
     validation.integer("seed", config.seed, 0)
-    for name in ("validation_size", "threads"):
+    for name in ("validation_size", "threads", "image_size"):
         if getattr(config, name) is not None:
             validation.integer(name, getattr(config, name), 1)
     threat_model(config)

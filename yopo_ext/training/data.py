@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -154,27 +153,3 @@ def stratified_split(labels: Tensor, held_out: int, seed: int = 0) -> tuple[Tens
         torch.arange(len(labels)).numpy(), test_size=held_out, stratify=labels.numpy(), random_state=seed
     )
     return torch.from_numpy(rest).sort().values, torch.from_numpy(out).sort().values
-
-
-def load_digits() -> Dataset:
-    """scikit-learn's 1,797 scanned digits, 8x8, 10 classes: 1,167 / 180 / 450 training, validation, test samples."""
-    from sklearn.datasets import load_digits as load
-
-    images, labels = load(return_X_y=True)
-    split = Split(
-        torch.from_numpy(images).to(torch.uint8).view(-1, 1, 8, 8), torch.from_numpy(labels).to(torch.int64), 1 / 16
-    )
-    rest, test = stratified_split(split.labels, 450)
-    train, validation = stratified_split(split.labels[rest], 180)
-    return Dataset("digits", 10, split.subset(rest[train]), split.subset(rest[validation]), split.subset(test))
-
-
-def load_dataset(name: str, root: Path | None = None, download: bool = False, validation: int | None = None) -> Dataset:
-    """The data set called `name`.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name == "digits":
-        return load_digits()
-    raise ValueError(f"dataset must be one of digits; got {name!r}")

@@ -58,7 +58,7 @@ def estimate(config: TrainConfig, dataset: Dataset, test_attacks: Sequence[PgdAt
     training = trainer.config.time_budget or elapsed / probed * trainer.source.batches * trainer.config.epochs
 
     per_pass = seconds_per_pass(trainer.learner.result, trainer.dataset.validation, trainer.learner.threat)
-    validations = trainer.config.epochs / trainer.config.validate_every
+    validations = trainer.config.epochs / (trainer.config.validate_every or 1)
     evaluation = per_pass * (
         validations * len(trainer.dataset.validation) * passes([PgdAttack(trainer.config.validation_steps)])
         + len(trainer.dataset.test) * passes(test_attacks)

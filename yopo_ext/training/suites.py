@@ -11,7 +11,7 @@ import torch
 from yopo_ext import validation
 from yopo_ext.training.checkpoint import load_checkpoint, tested_weights, write_json
 from yopo_ext.training.config import EvaluateConfig, TrainConfig, threat_model
-from yopo_ext.training.data import load_dataset
+from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.estimate import duration, seconds_per_pass
 from yopo_ext.training.evaluation import evaluate, parse_attack, passes
@@ -36,7 +36,8 @@ class CheckpointTest:
         state = load_checkpoint(Path(config.checkpoint))
         self.trained = TrainConfig(**state["config"])
         self.threat = threat_model(self.trained)
-        dataset = load_dataset(self.trained.dataset)
+        self.trained.data_dir = config.data_dir or self.trained.data_dir
+        dataset = dataset_of(self.trained)
         split = dataset.test if config.split == "test" else dataset.validation
         self.split = split.first(config.samples).to(self.device)
         assert self.trained.model is not None

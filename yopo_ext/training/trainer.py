@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from yopo_ext.training.augment import Augmentation
 from yopo_ext.training.checkpoint import MetricsFile, load_checkpoint, save_checkpoint, write_json
 from yopo_ext.training.config import TrainConfig, differences, resolve
-from yopo_ext.training.data import Dataset, TensorSource, load_dataset
+from yopo_ext.training.data import Dataset, TensorSource
+from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import PgdAttack, evaluate
 from yopo_ext.training.learner import FabricLearner
@@ -70,7 +71,7 @@ class Trainer:
             torch.set_num_threads(threads)
         self.fabric = make_fabric(self.config)
         self.device = self.fabric.device
-        self.dataset = on_device(dataset or load_dataset(self.config.dataset), self.device)
+        self.dataset = on_device(dataset or dataset_of(self.config), self.device)
         self.learner = FabricLearner(self.config, self.method, self.dataset, self.fabric)
         assert self.config.batch_size is not None
         self.source = TensorSource(
@@ -173,7 +174,7 @@ class Trainer:
             "train_accuracy": 100.0 * correct / max(count, 1.0),
         }
         self.learner.synchronise()
-        if self.progress() >= 1.0 or self.at.epoch % self.config.validate_every == 0:
+        if self.progress() >= 1.0 or self.at.epoch % (self.config.validate_every or 1) == 0:
             record |= self._validate()
             if self._overfits(record):
                 record["alarm"] = (

@@ -1,0 +1,184 @@
+"""A run that is killed at any moment and resumed ends with the same bits as one left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from yopo_ext.training.checkpoint import load_checkpoint
+from yopo_ext.training.config import TrainConfig
+from yopo_ext.training.trainer import Trainer
+
+CONFIG = {"epochs": 4, "batch_size": 40, "validation_steps": 2, "augment": True, "ema": 0.9, "save_every": 1e-9}
+
+
+def run(few_digits, tmp_path, name, **change):
+    config = TrainConfig(**{**CONFIG, "out": str(tmp_path / name), **change})
+    return Trainer(config, dataset=few_digits, shown=False).fit()
+
+
+def final_state(folder):
+    state = load_checkpoint(folder / "last.pt")
+    state["position"].pop("seconds")
+    state["position"].pop("curve")
+    return {name: state[name] for name in ("model", "optimizer", "average", "kept", "carried", "selected", "position")}
+
+
+def assert_same(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert list(a) == list(b), path
+        for name in a:
+            assert_same(a[name], b[name], f"{path}/{name}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("method", ["pgd-2", "free-2", "fgsm-mep", "yopo-2-2:update-every=pass:persist"])
+@pytest.mark.parametrize("batch", [1, 4, 6, 14])  # 4 a multiple of an epoch
+def test_interrupted_between_batches(few_digits, tmp_path, method, batch):
+    whole = run(few_digits, tmp_path, "whole", method=method)
+    config = TrainConfig(**CONFIG, method=method, out=str(tmp_path / "parts"))
+    trainer = Trainer(config, dataset=few_digits, shown=False)
+    step = trainer.learner.step
+
+    def stop(b, number, lr):
+        if number == batch:
+            raise Killed
+        return step(b, number, lr)
+
+    trainer.learner.step = stop
+    with pytest.raises(Killed):
+        trainer.fit()
+    parts = run(few_digits, tmp_path, "parts", method=method, resume="auto")
+    assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+    assert_same(parts.network.state_dict(), whole.network.state_dict())
+    lines = {
+        name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    }
+    for record in (*lines["whole"], *lines["parts"]):
+        record.pop("seconds")
+    assert lines["parts"] == lines["whole"]
+
+
+def test_a_time_limit_stops_and_resume_goes_on(few_digits, tmp_path):
+    whole = run(few_digits, tmp_path, "whole", method="pgd-2")
+    config = TrainConfig(**CONFIG, method="pgd-2", out=str(tmp_path / "parts"), resume="auto")
+    stops = 0
+    while (result := Trainer(config, dataset=few_digits, shown=False).fit(deadline=time.monotonic())) is None:
+        stops += 1  # one batch at a time
+    assert stops > 8
+    assert_same(result.network.state_dict(), whole.network.state_dict())
+
+
+def test_resuming_a_finished_run_gives_its_result_again(few_digits, tmp_path):
+    first = run(few_digits, tmp_path, "run", method="pgd-2")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = run(few_digits, tmp_path, "run", method="pgd-2", resume="auto")
+    assert_same(again.network.state_dict(), first.network.state_dict())
+    assert again.validation == first.validation
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_resume_auto_starts_where_there_is_nothing(few_digits, tmp_path):
+    assert run(few_digits, tmp_path, "new", method="natural", resume="auto").updates == 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resume": "never"}, "out must be a folder without a run unless resume is 'auto'"),
+        ({"resume": "auto", "lr": 0.01}, "same configuration; in .* lr was 0.1, not 0.01"),
+        ({"resume": "auto", "method": "pgd-3"}, "method was 'pgd-2', not 'pgd-3'"),
+    ],
+)
+def test_what_cannot_be_resumed(few_digits, tmp_path, change, message):
+    run(few_digits, tmp_path, "run", method="pgd-2")
+    with pytest.raises(ValueError, match=message):
+        run(few_digits, tmp_path, "run", **{"method": "pgd-2", **change})
+
+
+# Kills its own process, without any chance to clean up, at the named place and time.
+VICTIM = textwrap.dedent(
+    """
+    import os, signal, sys
+    from yopo_ext.training import checkpoint, trainer
+    from yopo_ext.training.cli import main
+
+    place, count = sys.argv[1], int(sys.argv[2])
+
+    def fatal(original):
+        def call(*arguments, **options):
+            global count
+            count -= 1
+            if count == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+        return call
+
+    if place == "epoch":
+        trainer.FabricLearner.step = fatal(trainer.FabricLearner.step)
+    elif place == "write":
+        save = checkpoint.torch.save
+        def half(state, file):
+            global count
+            count -= 1
+            if count == 0:
+                file.write(b"half a checkpoint")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(state, file)
+        checkpoint.torch.save = half
+    elif place == "rename":
+        checkpoint.os.replace = fatal(checkpoint.os.replace)
+    elif place == "validation":
+        trainer.evaluate = fatal(trainer.evaluate)
+    sys.exit(main(sys.argv[3:]))
+    """
+)
+ARGUMENTS = [
+    "train", "--method", "yopo-2-2:persist", "--epochs", "3", "--batch-size", "300", "--validation-steps", "1",
+    "--save-every", "1e-9", "--ema", "9/10", "--resume", "auto",
+]  # fmt: skip
+
+
+def start(tmp_path, out, place="nowhere", count=0):
+    script = tmp_path / "victim.py"
+    script.write_text(VICTIM)
+    command = [sys.executable, str(script), place, str(count), *ARGUMENTS, "--out", str(tmp_path / out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_processes(tmp_path):
+    """SIGKILL mid-epoch, inside a checkpoint's write, before its rename and in validation, one after the other."""
+    done = start(tmp_path, "whole")
+    assert done.returncode == 0, done.stderr
+    for place, count in (("epoch", 3), ("write", 2), ("validation", 1), ("rename", 3), ("epoch", 2)):
+        killed = start(tmp_path, "parts", place, count)
+        assert killed.returncode == -signal.SIGKILL, (place, killed.stderr)
+    done = start(tmp_path, "parts")
+    assert done.returncode == 0, done.stderr
+    assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+    models = [load_checkpoint(tmp_path / name / "model.pt")["model"] for name in ("whole", "parts")]
+    assert_same(*models)
+    records = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in records] == [1, 2, 3]
