@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from step_oracle import batch, network
 from torch import Tensor, nn
 
-from yopo_ext import adversary_steps, node, trades_yopo_step, yopo_step
+from yopo_ext import adversary_steps, batch_norm_node, node, trades_yopo_step, yopo_step
 from yopo_ext.constants import ACTIVATIONS
 
 EPS, SIGMA = 0.1, 0.03
-THREAT = (2, [SIGMA], [EPS], [0.0], [1.0], 0)
+THREAT = node.threat_tensor([SIGMA], [EPS], [0.0], [1.0])
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 def settings(before: bool = False, after: bool = True, dtype: torch.dtype = torch.float64, activation: str = "silu"):
     geometry = ([0.5], [0.25], [2, 1], [1, 2], [1, 1], 2, ACTIVATIONS[activation], 0.0)
-    return (*geometry, *THREAT, before, after, False, dtype)
+    return (*geometry, 2, 0, before, after, False, dtype)
 
 
 @pytest.mark.parametrize("wanted", ["all", "eta", "no bias"])
@@ -44,19 +44,23 @@ def test_operator_passes_opcheck(wanted: str, dtype: torch.dtype) -> None:
         t.requires_grad_(name != "x" and (wanted != "eta" or name == "eta"))
     arguments = [None if wanted == "no bias" and name != "weight" and t.dim() == 1 else t for name, t in given.items()]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(node.first_layer_node, (*arguments, *settings(True, True, dtype)), test_utils=checks)
+    torch.library.opcheck(node.first_layer_node, (*arguments, THREAT, *settings(True, True, dtype)), test_utils=checks)
     torch.library.opcheck(
-        node.first_layer_batch_norm_node, (*arguments, *settings(True, True, dtype), 1e-5), test_utils=checks
+        batch_norm_node.first_layer_batch_norm_node,
+        (*arguments, THREAT, *settings(True, True, dtype), 1e-5),
+        test_utils=checks,
     )
 
 
 def test_forward_is_the_layer() -> None:
     given = tensors()
-    y = node.first_layer_node(*given.values(), *settings())
+    y = node.first_layer_node(*given.values(), THREAT, *settings())
     z = F.conv2d((given["x"] + given["eta"] - 0.5) / 0.25, given["weight"], given["bias"], (2, 1), (1, 2), 1, 2)
     expected = F.silu(z * given["scale"][:, None, None] + given["shift"][:, None, None])
     torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(node.FirstLayerNode.apply(*given.values(), *settings()), y, rtol=0, atol=0)
+    torch.testing.assert_close(
+        node.FirstLayerNode.apply(None, [], *given.values(), THREAT, *settings()), y, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -69,7 +73,7 @@ def test_gradients_come_out_as_ordinary_gradients(seed: int) -> None:
     y = F.silu(z * plain["scale"][:, None, None] + plain["shift"][:, None, None])
     p = torch.randn_like(y)
     y.backward(p)
-    node.first_layer_node(*given.values(), *settings(before=True, after=False)).backward(p)
+    node.first_layer_node(*given.values(), THREAT, *settings(before=True, after=False)).backward(p)
     for name in ("weight", "bias", "scale", "shift"):
         torch.testing.assert_close(given[name].grad, plain[name].grad)
     parts = {name: given[name].detach() for name in ("bias", "scale", "shift")}
@@ -82,9 +86,9 @@ def test_gradients_come_out_as_ordinary_gradients(seed: int) -> None:
 
 def test_an_expanded_costate_is_taken() -> None:
     given = {name: t.requires_grad_(name != "x") for name, t in tensors().items()}
-    node.first_layer_node(*given.values(), *settings()).mean((2, 3)).sum().backward()
+    node.first_layer_node(*given.values(), THREAT, *settings()).mean((2, 3)).sum().backward()
     again = {name: t.detach().clone().requires_grad_(name != "x") for name, t in given.items()}
-    y = node.first_layer_node(*again.values(), *settings())
+    y = node.first_layer_node(*again.values(), THREAT, *settings())
     y.backward(torch.full_like(y, 1 / y[0, 0].numel()))
     for mine, theirs in zip(given.values(), again.values(), strict=True):
         if mine.grad is not None:
@@ -168,8 +172,18 @@ def test_inner_steps_and_gradient_may_change() -> None:
     eager = network(STEMS["conv"])
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for options in ({"inner_steps": 1}, {"inner_steps": 4}, {"inner_steps": 2}, {"gradient": "full"}, {"eps": 0.05}):
+    for options in ({"inner_steps": 1}, {"inner_steps": 4}, {"inner_steps": 2}, {"gradient": "full"}):
         assert_same(model, eager, [step(m, **options) for m in (compiled, eager)])
+
+
+def test_a_schedule_of_the_threat_model_does_not_recompile() -> None:
+    eager = network(STEMS["conv_bn_relu"])
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for eps in (0.01, 0.02, 0.04, 0.1):
+        options = {"eps": eps, "step_size": eps / 3, "bounds": (-eps, 1 + eps)}
+        assert_same(model, eager, [step(m, **options) for m in (compiled, eager)])
+    assert graphs() == 1
 
 
 def test_models_compiled_in_place_and_in_parts() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch_norm_node import FirstLayerBatchNormNode, first_layer_batch_norm_node
 from .first_layer import FusedLayer, Normalisation, OpaqueLayer, fitted_normalisation, matches
-from .node import FirstLayerBatchNormNode, FirstLayerNode, first_layer_batch_norm_node, first_layer_node, normalised
-from .opaque import Opaque, ThreatModel, opaque_node, replaced_forward
+from .node import Carry, FirstLayerNode, first_layer_node, normalised
+from .opaque import Opaque, opaque_node, replaced_forward
 
 
 @dataclass
@@ -24,11 +25,13 @@ class Pass:
     eta: Tensor  # a fresh leaf
     given: Tensor  # to the model
     steps: int
-    threat: ThreatModel
+    threat: Tensor  # node.threat_tensor
+    norm: int
     gradient_before: bool
     gradient_after: bool
     normalisation: Normalisation  # applied to the model's input by the caller
     allow_tf32: bool
+    carry: Carry
     first: bool  # the first pass through this model: look closely, whatever it costs
 
     def normalisation_before(self, observed: Tensor, known: Normalisation) -> Normalisation | None:
@@ -107,7 +110,7 @@ class Interposition:
             self._observe(observed)
         if isinstance(self.plan, OpaqueLayer):
             layer = Opaque(
-                self.layer, self.original, self.plan.affine, self.mean, self.std, now.steps, now.threat,
+                self.layer, self.original, self.plan.affine, self.mean, self.std, now.steps, now.threat, now.norm,
                 now.gradient_before, now.gradient_after, observed.shape, observed.dtype,
             )  # fmt: skip
             return opaque_node(layer, now.eta, now.x)
@@ -142,13 +145,13 @@ class Interposition:
             self.mean, self.std, list(conv.stride), list(plan.padding), list(conv.dilation), conv.groups,
             plan.activation, plan.negative_slope,
         )  # fmt: skip
-        flags = (now.gradient_before, now.gradient_after, now.allow_tf32, dtype)
-        settings = (*geometry, now.steps, *now.threat, *flags)
-        scale = shift = None
         compiling = torch.compiler.is_compiling()
+        flags = (now.gradient_before, now.gradient_after, now.allow_tf32, dtype)
+        settings = (*geometry, now.steps, now.norm, *flags)
+        scale = shift = None
         if norm is not None:
             if norm.training or norm.running_mean is None:
-                tensors = (now.eta, now.x, conv.weight, conv.bias, norm.weight, norm.bias)
+                tensors = (now.eta, now.x, conv.weight, conv.bias, norm.weight, norm.bias, now.threat)
                 node: Any = first_layer_batch_norm_node if compiling else FirstLayerBatchNormNode.apply
                 y, mean, variance, _ = node(*tensors, *settings, norm.eps)
                 if norm.training and norm.running_mean is not None and (compiling or self.calls == 1):
@@ -158,8 +161,19 @@ class Interposition:
             scale = scale if norm.weight is None else norm.weight * scale
             shift = -norm.running_mean * scale
             shift = shift if norm.bias is None else norm.bias + shift
-        node = first_layer_node if compiling else FirstLayerNode.apply
-        return node(now.eta, now.x, conv.weight, conv.bias, scale, shift, *settings)
+        weight, bias = conv.weight, conv.bias  # once: a parametrised one is computed here
+        tensors = (now.eta, now.x, weight, bias, scale, shift, now.threat)
+        if compiling:
+            return first_layer_node(*tensors, *settings)
+        state = None if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        ready = now.carry.take(_versions(weight, bias, *(state or ())), dtype)
+        # A weight that is computed anew in every pass (a parametrisation) makes another output.
+        carry = now.carry if now.carry.wanted and "weight" in conv._parameters else None
+        return FirstLayerNode.apply(carry, ready, *tensors, *settings)
+
+
+def _versions(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
 
 
 def _update_running_statistics(norm: Any, mean: Tensor, variance: Tensor) -> None:

@@ -6,14 +6,15 @@ out as ordinary gradients: at the perturbation the pass ran at (`gradient_before
 (`gradient_after`), the sum of both, or none. The node is a pure function of its arguments: what `torch.compile`,
 DistributedDataParallel or a gradient scaler do around a layer they can do around it.
 
-`first_layer_batch_norm_node` is the same for a convolution followed by a BatchNorm that uses batch statistics: the
-inner steps keep the statistics of the forward pass, parameter gradients are taken through those of their own input.
+The numbers of the threat model come as a tensor `threat` on the CPU, [step_size, eps, lo, hi] by [1 or C]: a compiled
+graph would hold numbers as constants, and a schedule of eps would compile it again and again.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import ops
 from .eligibility import choose
-from .reference import activate, activation_slope
+from .reference import activate
 from .validation import COSTATE_DTYPES
 
 
@@ -37,7 +38,7 @@ def normalised(u: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
     return (u - per_channel(mean, u)) / per_channel(std, u) if mean else u
 
 
-def _costate(p: Tensor, x: Tensor) -> Tensor:
+def costate_for(p: Tensor, x: Tensor) -> Tensor:
     """p as the operator takes it: dense, and of a dtype that goes with x."""
     if p.dtype not in COSTATE_DTYPES and p.dtype != x.dtype:
         p = p.to(x.dtype)
@@ -45,12 +46,39 @@ def _costate(p: Tensor, x: Tensor) -> Tensor:
     return p if dense else p.contiguous()
 
 
-def update(*arguments: Any) -> tuple[Tensor, ...]:
-    op = ops.first_layer_update if choose(*arguments).native else ops.first_layer_update_reference
-    return op(*arguments)
+def threat_tensor(*constants: list[float]) -> Tensor:
+    """step_size, eps, lo, hi, each with 1 or C values, as the node takes them."""
+    width = max(map(len, constants))
+    return torch.tensor([values * (width // len(values)) for values in constants], dtype=torch.float64)
 
 
-def _in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
+def threat_constants(threat: Tensor) -> list[list[float]]:
+    """step_size, eps, lo, hi of a `threat_tensor`, as the operator takes them."""
+    return [values[:1] if len(set(values)) == 1 else values for values in threat.tolist()]
+
+
+def update(threat: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """The operator, on the backend that suits its arguments, with the numbers of the threat model from `threat`."""
+    *layer, steps, norm, need_output, need_weight_grad, allow_tf32 = arguments
+    full = (x, *layer, steps, *threat_constants(threat), norm, need_output, need_weight_grad, allow_tf32)
+    op = ops.first_layer_update if choose(*full).native else ops.first_layer_update_reference
+    return op(*full)
+
+
+_NUMBERS = "float[] step_size, float[] eps, float[] lo, float[] hi, "
+_library = torch.library.Library("yopo_ext", "FRAGMENT")
+_library.define(
+    "first_layer_update_by_tensor" + ops._SCHEMA.replace("(Tensor x", "(Tensor threat, Tensor x").replace(_NUMBERS, ""),
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("first_layer_update_by_tensor", update, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "yopo_ext::first_layer_update_by_tensor", lambda threat, *arguments: ops._fake(*arguments), lib=_library
+)
+update_operator = torch.ops.yopo_ext.first_layer_update_by_tensor.default
+
+
+def in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Without autocast, whose casts a compiler would otherwise carry from the forward pass into the backward pass."""
 
     @functools.wraps(backward)
@@ -61,20 +89,17 @@ def _in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _as(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+def as_parameter(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     return None if parameter is None or gradient is None else gradient.to(parameter.dtype)
 
 
-def _convolve(x, eta, weight, bias, mean, std, geometry, dtype) -> Tensor:
+def convolve(x, eta, weight, bias, mean, std, geometry, dtype) -> Tensor:
     u = normalised(x + eta, mean, std).to(dtype)
     return torch.nn.functional.conv2d(u, weight.to(dtype), None if bias is None else bias.to(dtype), *geometry)
 
 
-def _add(total: list[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:
+def add_up(total: list[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [t if s is None else s if t is None else s + t for s, t in zip(total, terms, strict=True)]
-
-
-# --- convolution [+ constant per-channel affine] [+ activation] ---
 
 
 def _forward(
@@ -84,6 +109,7 @@ def _forward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    threat: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
     stride: Sequence[int],
@@ -93,10 +119,6 @@ def _forward(
     activation: int,
     negative_slope: float,
     steps: int,
-    step_size: Sequence[float],
-    eps: Sequence[float],
-    lo: Sequence[float],
-    hi: Sequence[float],
     norm: int,
     gradient_before: bool,
     gradient_after: bool,
@@ -104,7 +126,7 @@ def _forward(
     dtype: torch.dtype,
 ) -> Tensor:
     """y0 = act(scale * conv2d((x + eta - mean) / std, weight, bias) + shift) in `dtype` [B, K, OH, OW]."""
-    z = _convolve(x, eta, weight, bias, mean, std, (stride, padding, dilation, groups), dtype)
+    z = convolve(x, eta, weight, bias, mean, std, (stride, padding, dilation, groups), dtype)
     if scale is not None:
         z = z * scale[:, None, None]
     if shift is not None:
@@ -116,184 +138,69 @@ first_layer_node = torch.library.custom_op("yopo_ext::first_layer_node", _forwar
 
 
 @first_layer_node.register_fake
-def _(eta, x, weight, bias, scale, shift, mean, std, stride, padding, dilation, groups, *rest) -> Tensor:
+def _(eta, x, weight, bias, scale, shift, threat, mean, std, stride, padding, dilation, groups, *rest) -> Tensor:
     dtype = rest[-1]
     geometry = (stride, padding, dilation, groups)
     return torch.nn.functional.conv2d(x.to(dtype), weight.to(dtype), None, *geometry)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.settings = inputs[6:]
+    ctx.save_for_backward(*inputs[:7])
+    ctx.settings = inputs[7:]
+    ctx.update, ctx.carry = update_operator, None
 
 
-@_in_full_precision
+@in_full_precision
 def _backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:
-    eta, x, weight, bias, scale, shift = ctx.saved_tensors
-    geometry, (steps, *threat), (before, after, allow_tf32, _) = ctx.settings[:8], ctx.settings[8:14], ctx.settings[14:]
-    p = _costate(p, x)
+    eta, x, weight, bias, scale, shift, threat = ctx.saved_tensors
+    *geometry, steps, norm, before, after, allow_tf32, _ = ctx.settings
+    p = costate_for(p, x)
     parameters = (weight, bias, scale, shift)
     # The operator works in x's dtype; the parameters of a half-precision model are widened for it.
-    wide = [None if t is None else t.to(x.dtype) for t in parameters]
+    layer = (*(None if t is None else t.to(x.dtype) for t in parameters), *geometry)
     wanted = any(ctx.needs_input_grad[2:6])
-    new_eta, _, *gradients = update(x, eta, p, *wide, *geometry, steps, *threat, False, wanted and after, allow_tf32)
+    carried = ctx.carry is not None
+    new_eta, output, *gradients = ctx.update(
+        threat, x, eta, p, *layer, steps, norm, carried, wanted and after, allow_tf32
+    )
+    if carried:
+        ctx.carry.output = output
     total: list[Tensor | None] = list(gradients) if wanted and after else [None] * 4
     if wanted and before:
-        total = _add(total, update(x, eta, p, *wide, *geometry, 0, *threat, False, True, allow_tf32)[2:])
-    return new_eta, None, *map(_as, parameters, total), *[None] * len(ctx.settings)
+        total = add_up(total, ctx.update(threat, x, eta, p, *layer, 0, norm, False, True, allow_tf32)[2:])
+    return new_eta, None, *map(as_parameter, parameters, total), None, *[None] * len(ctx.settings)
 
 
 first_layer_node.register_autograd(_backward, setup_context=_setup)
 
 
-# --- convolution + BatchNorm on batch statistics [+ activation] ---
+@dataclass
+class Carry:
+    """Hands the output at the moved perturbation to the next pass: the update reads the costate for it anyway."""
 
+    wanted: bool = False  # whether there is a next pass that may start from it
+    output: Tensor | None = None
+    state: Any = None  # what the layer was when it was computed
 
-def _forward_batch_norm(
-    eta: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: int,
-    negative_slope: float,
-    steps: int,
-    step_size: Sequence[float],
-    eps: Sequence[float],
-    lo: Sequence[float],
-    hi: Sequence[float],
-    norm: int,
-    gradient_before: bool,
-    gradient_after: bool,
-    allow_tf32: bool,
-    dtype: torch.dtype,
-    batch_norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y0, batch mean [K], batch variance [K] (unbiased), 1/sqrt(biased variance + batch_norm_eps) [K])."""
-    z = _convolve(x, eta, weight, bias, mean, std, (stride, padding, dilation, groups), dtype)
-    batch_mean, batch_variance = (torch.zeros(z.shape[1], dtype=x.dtype, device=x.device) for _ in range(2))
-    # With momentum 1 the "running" statistics become exactly those of this batch.
-    gamma, beta = (None if t is None else t.to(x.dtype) for t in (gamma, beta))
-    y, _, inverse_std = torch.ops.aten._native_batch_norm_legit.default(
-        z, gamma, beta, batch_mean, batch_variance, True, 1.0, batch_norm_eps
-    )
-    return activate(y, activation, negative_slope), batch_mean, batch_variance, inverse_std.to(x.dtype)
-
-
-first_layer_batch_norm_node = torch.library.custom_op(
-    "yopo_ext::first_layer_batch_norm_node", _forward_batch_norm, mutates_args=()
-)
-
-
-@first_layer_batch_norm_node.register_fake
-def _(eta, x, weight, bias, gamma, beta, mean, std, stride, padding, dilation, groups, *rest):
-    dtype = rest[-2]
-    y = torch.nn.functional.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding, dilation, groups)
-    return y, *(x.new_empty(y.shape[1]) for _ in range(3))
-
-
-def _setup_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, batch_mean, _, inverse_std = output
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:6], batch_mean, inverse_std)
-    ctx.settings = inputs[6:]
-
-
-def _weight_gradients_through_statistics(
-    u: Tensor, p: Tensor, weight, bias, gamma, beta, geometry, activation, negative_slope, batch_norm_eps
-) -> list[Tensor | None]:
-    """Gradients of <p, act(batch_norm(conv2d(u)))> with respect to weight, bias, gamma, beta; u already normalised."""
-    stride, padding, dilation, groups = geometry
-    aten = torch.ops.aten
-    z = torch.nn.functional.conv2d(u, weight, bias, stride, padding, dilation, groups)
-    y, batch_mean, inverse_std = aten._native_batch_norm_legit.no_stats(z, gamma, beta, True, 0.0, batch_norm_eps)
-    q = p.to(u.dtype) * activation_slope(y, activation, negative_slope)
-    gz, grad_gamma, grad_beta = aten.native_batch_norm_backward(
-        q,
-        z,
-        gamma,
-        None,
-        None,
-        batch_mean,
-        inverse_std,
-        True,
-        batch_norm_eps,
-        [True, gamma is not None, beta is not None],
-    )
-    _, grad_weight, grad_bias = aten.convolution_backward(
-        gz,
-        u,
-        weight,
-        [weight.shape[0]],
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [False, True, bias is not None],
-    )
-    return [grad_weight, grad_bias, grad_gamma, grad_beta]
-
-
-@_in_full_precision
-def _backward_batch_norm(ctx: Any, p: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    eta, x, weight, bias, gamma, beta, batch_mean, inverse_std = ctx.saved_tensors
-    geometry, (steps, *threat) = ctx.settings[:8], ctx.settings[8:14]
-    before, after, allow_tf32, _, batch_norm_eps = ctx.settings[14:]
-    mean, std, *conv_geometry, activation, negative_slope = geometry
-    p = _costate(p, x)
-    parameters = (weight, bias, gamma, beta)
-    weight_, bias_, gamma_, beta_ = (None if t is None else t.to(x.dtype) for t in parameters)
-    scale = inverse_std if gamma_ is None else gamma_ * inverse_std
-    shift = -batch_mean * scale if beta_ is None else beta_ - batch_mean * scale
-    new_eta = update(
-        x, eta, p, weight_, bias_, scale, shift, *geometry, steps, *threat, False, False, allow_tf32
-    )[0]  # fmt: skip
-    total: list[Tensor | None] = [None] * 4
-    if any(ctx.needs_input_grad[2:6]):
-        for asked, at in ((before, eta), (after, new_eta)):
-            if asked:
-                u = normalised(x + at, mean, std)
-                total = _add(total, _weight_gradients_through_statistics(
-                    u, p, weight_, bias_, gamma_, beta_, conv_geometry, activation, negative_slope, batch_norm_eps
-                ))  # fmt: skip
-    return new_eta, None, *map(_as, parameters, total), *[None] * len(ctx.settings)
-
-
-first_layer_batch_norm_node.register_autograd(_backward_batch_norm, setup_context=_setup_batch_norm)
-
-
-# In eager mode the same nodes without the operator dispatch, whose Python side (and that of a separate `setup_context`)
-# costs more than a small first layer.
+    def take(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
+        """The output, once, if the layer is still in the same state, or nothing."""
+        output, self.output = self.output, None
+        same = output is not None and self.state == state and output.dtype == dtype
+        self.state = state
+        return [output] if same else []  # type: ignore[list-item]
 
 
 class FirstLayerNode(torch.autograd.Function):
-    """`first_layer_node` for eager mode."""
+    """`first_layer_node` for eager mode, without the operator dispatch, which costs more than a small first layer."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _forward(*inputs)
+    def forward(ctx: Any, carry: Carry | None, ready: list[Tensor], *inputs: Any) -> Tensor:
+        # In a list: a tensor among the inputs would come out as a view, which the next layer may not overwrite.
+        output = ready.pop() if ready else _forward(*inputs)
         _setup(ctx, inputs, output)
+        ctx.update, ctx.carry = update, carry
         return output
-
-    backward = staticmethod(_backward)
-
-
-class FirstLayerBatchNormNode(torch.autograd.Function):
-    """`first_layer_batch_norm_node` for eager mode."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = _forward_batch_norm(*inputs)
-        _setup_batch_norm(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward_batch_norm)
+    def backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:
+        return None, None, *_backward(ctx, p)

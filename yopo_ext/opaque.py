@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .constants import ACTIVATIONS
-from .node import normalised, per_channel, update
-
-ThreatModel = tuple[list[float], list[float], list[float], list[float], int]  # step_size, eps, lo, hi, norm
+from .node import normalised, per_channel, threat_constants, update
 
 
 @contextmanager
@@ -64,7 +62,8 @@ class Opaque:
     mean: Sequence[float]
     std: Sequence[float]
     steps: int
-    threat: ThreatModel
+    threat: Tensor
+    norm: int
     gradient_before: bool
     gradient_after: bool
     shape: torch.Size  # of the observed input
@@ -138,11 +137,12 @@ class Opaque:
         g = torch.zeros_like(x) if g is None else g.to(x.dtype)
         ones = x.new_ones(x.shape[1], 1, 1, 1)
         geometry = ([1, 1], [0, 0], [1, 1], x.shape[1], ACTIVATIONS["identity"], 0.0)
-        return update(x, eta, g, ones, None, None, None, [], [], *geometry, steps, *self.threat, False, False, False)[0]
+        layer: tuple[Any, ...] = (ones, None, None, None, [], [], *geometry)
+        return update(self.threat, x, eta, g, *layer, steps, self.norm, False, False, False)[0]
 
     def iterate(self, x: Tensor, eta: Tensor, p: Tensor) -> Tensor:
         """The inner steps of a layer that is not affine."""
-        _, _, lo, hi, _ = self.threat
+        _, _, lo, hi = threat_constants(self.threat)
         low, high = (torch.as_tensor(per_channel(v, x), dtype=x.dtype, device=x.device) for v in (lo, hi))
         with replaced_forward({module: self._frozen(module) for module in self.statistics}):
             for _ in range(self.steps):

@@ -16,8 +16,7 @@ from . import first_layer as layers
 from .first_layer import Normalisation
 from .functional import resolve_allow_tf32
 from .interposition import Discovery, Interposition, Pass
-from .node import normalised
-from .opaque import ThreatModel
+from .node import Carry, normalised
 
 # What is known of a model's first layer, by what the caller gave as `first_layer`. Weak: models come and go.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Interposition]] = weakref.WeakKeyDictionary()
@@ -81,13 +80,14 @@ class Passes:
     """The passes of one step: fixed model, input, threat model and number of inner steps."""
 
     def __init__(
-        self, model: nn.Module, first_layer: nn.Module | str | None, x: Tensor, *, steps: int, threat: ThreatModel,
-        normalisation: Normalisation, backward: Callable[[Tensor], Any] | None,
+        self, model: nn.Module, first_layer: nn.Module | str | None, x: Tensor, *, steps: int, threat: Tensor,
+        norm: int, normalisation: Normalisation, backward: Callable[[Tensor], Any] | None,
     ) -> None:  # fmt: skip
         self.model, self.first_layer, self.x = model, first_layer, x
-        self.steps, self.threat, self.normalisation = steps, threat, normalisation
+        self.steps, self.threat, self.norm, self.normalisation = steps, threat, norm, normalisation
         self.backward = backward or torch.Tensor.backward
         self.allow_tf32 = resolve_allow_tf32(None)
+        self.carry = Carry()
         self.base = list(layers.unwrapped(model))[-1]
         self.interposition = self._lookup()
         if isinstance(self.interposition, Interposition):
@@ -156,9 +156,13 @@ class Passes:
 
     def run(
         self, eta: Tensor, objective: Callable[[Any], Tensor], *, gradient_before: bool, gradient_after: bool,
-        scale: float = 1.0, synchronise: bool = True,
+        scale: float = 1.0, synchronise: bool = True, more: bool = False,
     ) -> PassResult:  # fmt: skip
-        """Forward at x + eta, `objective` of the output, backward of `scale` times it; gives the moved perturbation."""
+        """Forward at x + eta, `objective` of the output, backward of `scale` times it; gives the moved perturbation.
+
+        `more` announces another pass with these weights, at the perturbation that this one gives.
+        """
+        self.carry.wanted = more
         leaf = eta.detach().requires_grad_()
         reached: list[Tensor] = []
         leaf.register_post_accumulate_grad_hook(reached.append)
@@ -167,8 +171,8 @@ class Passes:
         circumstances = (self.base.training, bool(self.normalisation.mean))
         first = isinstance(self.interposition, Discovery) or circumstances not in self.interposition.verified
         now = Pass(
-            self.x, leaf, u, self.steps, self.threat, gradient_before, gradient_after, self.normalisation,
-            self.allow_tf32, first,
+            self.x, leaf, u, self.steps, self.threat, self.norm, gradient_before, gradient_after, self.normalisation,
+            self.allow_tf32, self.carry, first,
         )  # fmt: skip
         with ExitStack() as stack:
             if not synchronise:

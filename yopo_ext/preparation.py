@@ -14,7 +14,7 @@ from .attacks import AdmissibleSet
 from .constants import NORMS
 from .first_layer import Normalisation
 from .guard import NonFiniteGuard
-from .node import normalised
+from .node import normalised, threat_tensor
 from .passes import Passes
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -48,8 +48,8 @@ class Preparation:
             validation.class_labels(y, x)
         validation.same_device("x", x, model)
         self.passes = Passes(
-            model, first_layer, self.x, steps=inner_steps, threat=(step_values, eps_values, lo, hi, NORMS[norm]),
-            normalisation=normalisation, backward=backward,
+            model, first_layer, self.x, steps=inner_steps, threat=threat_tensor(step_values, eps_values, lo, hi),
+            norm=NORMS[norm], normalisation=normalisation, backward=backward,
         )  # fmt: skip
         self.look_at_values = validation.values_wanted(validate, x, self.passes.is_new)
         if self.look_at_values:

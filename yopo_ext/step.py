@@ -126,12 +126,17 @@ def yopo_step(
             last = j == outer_steps - 1
             if train_on == "all" or last:
                 result = step.passes.run(
-                    eta, step.objective, scale=scale, synchronise=last or after_pass is not None, **where
+                    eta,
+                    step.objective,
+                    scale=scale,
+                    synchronise=last or after_pass is not None,
+                    more=not last and after_pass is None,
+                    **where,
                 )
             else:
                 with frozen_parameters(model):
                     result = step.passes.run(
-                        eta, step.objective, gradient_before=False, gradient_after=False, synchronise=False
+                        eta, step.objective, gradient_before=False, gradient_after=False, synchronise=False, more=True
                     )
             eta = result.eta
             losses.append(result.loss)
@@ -208,10 +213,10 @@ def trades_yopo_step(
             output = _logits(model(step.normalised(step.x)))
             step.learn_classes(output)
             clean = output.log_softmax(1)
-        for _ in range(outer_steps):
+        for j in range(outer_steps):
             result = step.passes.run(
                 eta, lambda logits: _divergence(_logits(logits), clean), scale=float(max(len(x), 1)),
-                gradient_before=False, gradient_after=False, synchronise=False,
+                gradient_before=False, gradient_after=False, synchronise=False, more=j < outer_steps - 1,
             )  # fmt: skip
             eta = result.eta
             losses.append(result.loss)
