@@ -118,7 +118,7 @@ def graphs() -> int:
 def step(model: nn.Module, dtype: torch.dtype = torch.float64, **options):
     x, y, eta = batch(dtype)
     options = {"first_layer": "first", "outer_steps": 3, "eps": EPS, "step_size": SIGMA, "init": eta} | options
-    return yopo_step(model, x, y, **options)
+    return yopo_step(model, options.pop("x", x), options.pop("y", y), **options)
 
 
 def assert_same(compiled: nn.Module, eager: nn.Module, results: list) -> None:
@@ -184,6 +184,26 @@ def test_a_schedule_of_the_threat_model_does_not_recompile() -> None:
         options = {"eps": eps, "step_size": eps / 3, "bounds": (-eps, 1 + eps)}
         assert_same(model, eager, [step(m, **options) for m in (compiled, eager)])
     assert graphs() == 1
+
+
+def test_batches_of_another_size() -> None:
+    eager = network(STEMS["conv_bn_relu"])
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, y, eta = batch()
+    for size in (6, 4, 5, 3):
+        given = {"x": x[:size], "y": y[:size], "init": eta[:size]}
+        assert_same(model, eager, [step(m, **given) for m in (compiled, eager)])
+    assert graphs() <= 2
+
+
+@pytest.mark.filterwarnings("ignore:the first layer runs through autograd")
+def test_opaque_first_layer_cuts_the_graph() -> None:
+    eager = network(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh()))
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        assert_same(model, eager, [step(m) for m in (compiled, eager)])
 
 
 def test_models_compiled_in_place_and_in_parts() -> None:

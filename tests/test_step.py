@@ -442,6 +442,19 @@ def test_channels_last_and_strided_inputs() -> None:
         torch.testing.assert_close(result.losses, expected.losses)
 
 
+@pytest.mark.parametrize("stem", ["conv_relu", "conv_bn_silu", "conv_bn"])
+def test_channels_last_model(stem: str) -> None:
+    expected, model = (network(STEMS[stem]) for _ in range(2))
+    model = model.to(memory_format=torch.channels_last)
+    x, _, _ = batch()
+    plain = step(expected)
+    result = step(model, x=x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(result.perturbation, plain.perturbation, rtol=0, atol=0)
+    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+        assert mine.grad.stride() == mine.stride()
+
+
 def test_other_losses_and_outputs() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -143,10 +143,10 @@ class Opaque:
     def iterate(self, x: Tensor, eta: Tensor, p: Tensor) -> Tensor:
         """The inner steps of a layer that is not affine."""
         _, _, lo, hi = threat_constants(self.threat)
-        low, high = (torch.as_tensor(per_channel(v, x), dtype=x.dtype, device=x.device) for v in (lo, hi))
+        low, high = per_channel(lo, x), per_channel(hi, x)
         with replaced_forward({module: self._frozen(module) for module in self.statistics}):
             for _ in range(self.steps):
-                u = torch.clamp(x + eta, low, high).requires_grad_()
+                u = torch.clamp(torch.clamp(x + eta, min=low), max=high).requires_grad_()
                 (g,) = self.at(u, p, [u])
                 eta = self.step(x, eta, g, 1)
         return eta

@@ -77,7 +77,11 @@ class Preparation:
         return self._laid_out(self._ball(True).project(deviation * noise))
 
     def _ball(self, bounded: bool) -> AdmissibleSet:
-        eps, _, lo, hi = (v[0] if len(v) == 1 else v for v in self.threat)
+        # Filled in on the device: copies from the host would wait for it.
+        eps, _, lo, hi = (
+            self.x.new_full((), v[0]) if len(v) == 1 else torch.stack([self.x.new_full((), c) for c in v])
+            for v in self.threat
+        )
         return AdmissibleSet(self.x, eps, self.norm, (lo, hi) if bounded else None)
 
     def _laid_out(self, eta: Tensor) -> Tensor:
