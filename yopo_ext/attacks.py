@@ -6,6 +6,7 @@ computes no weight gradient and leaves no changed mode, flag or `.grad` behind.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -57,6 +58,12 @@ class AdmissibleSet:
         lo, hi = (-math.inf, math.inf) if bounds is None else bounds
         radius = self.eps if norm == "linf" else torch.full_like(self.eps, math.inf)
         self.interval = reference.admissible_interval(x, radius, broadcast(lo, x), broadcast(hi, x))
+
+    def subset(self, index: Tensor) -> AdmissibleSet:
+        """The set of some samples only."""
+        part = copy.copy(self)
+        part.interval = reference.Interval(*(bound[index] for bound in self.interval))
+        return part
 
     def project(self, eta: Tensor) -> Tensor:
         """The admissible perturbation next to eta."""
@@ -179,8 +186,7 @@ def pgd(
             i = left.nonzero().squeeze(1)
             if len(i) == 0:
                 break
-            ball = AdmissibleSet(x[i], eps, norm, bounds)
-            best = _worse_of(best, ascent.run(x[i], y[i], ball, start[i], judge=True), i)
+            best = _worse_of(best, ascent.run(x[i], y[i], ball.subset(i), start[i], judge=True), i)
     return best
 
 

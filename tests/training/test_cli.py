@@ -91,6 +91,8 @@ def test_yaml_and_command_line_combine(tmp_path, capsys):
         (["compare", "--methods", "natural,natural"], "methods must be a list without repetitions"),
         (["compare", "--methods", "natural,sgd"], "method must be one of"),
         (["compare", "--test-attacks", "fgsm"], "attack must look like pgd-20"),
+        (["compare", "--dataset", "mnist", "--dry-run"], "data_dir must hold mnist, or give download; got 'data'"),
+        (["train", "--dataset", "cifar10"], "data_dir must hold cifar10, or give download; got 'data'"),
         (["evaluate", "nothing.pt"], "no checkpoint at nothing.pt"),
     ],
 )

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from yopo_ext.training.adversaries import PgdAttack, parse_attack, passes
 from yopo_ext.training.data import Split
-from yopo_ext.training.evaluation import PgdAttack, evaluate, parse_attack, passes, true_fp32
+from yopo_ext.training.evaluation import evaluate, true_fp32
 from yopo_ext.training.methods import ThreatModel
 
 THREAT = ThreatModel(0.1)

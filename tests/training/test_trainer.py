@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
+from yopo_ext.training.adversaries import PgdAttack
 from yopo_ext.training.checkpoint import load_checkpoint
 from yopo_ext.training.config import TrainConfig, resolve
-from yopo_ext.training.evaluation import PgdAttack, evaluate
+from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.trainer import Trainer
 
 

@@ -162,7 +162,7 @@ def _train(given: Namespace) -> Job:
     options = {name: _plain(given[name]) for name in names if given[name] is not None}
     config, method = resolve(_build(TrainConfig, given), options)
     if given.dry_run:
-        return lambda: _print_plan([config])
+        return _plan([config])
     if config.out is None:
         config.out = str(default_folder("train", config))
     trainer = Trainer(config)
@@ -197,19 +197,19 @@ def _evaluate(given: Namespace) -> Job:
 
 
 def _compare(given: Namespace) -> Job:
-    from yopo_ext.training.comparison import compare, plan
+    from yopo_ext.training.comparison import Comparison, plan
     from yopo_ext.training.report import table
 
     train = TrainConfig(**dataclasses.asdict(_build(TrainConfig, given, skip=("method", "seed"))))
     config = dataclasses.replace(_build(CompareConfig, given, skip=("train",)), train=train)
-    runs = plan(config)
     if given.dry_run:
-        return lambda: _print_plan(runs, config.test_attacks)
+        return _plan(plan(config), config.test_attacks)
     if train.out is None:
-        train.out = str(default_folder("compare", runs[0]))
+        train.out = str(default_folder("compare", train))
+    comparison = Comparison(config)
 
     def job() -> int:
-        rows = compare(config)
+        rows = comparison.run()
         if rows is None:
             return UNFINISHED
         print(table(rows))
@@ -227,24 +227,28 @@ def default_folder(command: str, config: TrainConfig) -> Path:
     return folder
 
 
-def _print_plan(runs: Sequence[TrainConfig], test_attacks: Sequence[str] = ()) -> int:
+def _plan(runs: Sequence[TrainConfig], test_attacks: Sequence[str] = ()) -> Job:
+    from yopo_ext.training.adversaries import parse_attack
     from yopo_ext.training.datasets import dataset_of
     from yopo_ext.training.estimate import Estimate, duration, estimate
-    from yopo_ext.training.evaluation import parse_attack
 
     dataset = dataset_of(runs[0])
     attacks = [parse_attack(a) for a in test_attacks]
-    seen: dict[str, Estimate] = {}
-    for run in runs:
-        if run.method not in seen:
-            seen[run.method] = found = estimate(run, dataset, attacks)
-            times = sum(r.method == run.method for r in runs)
-            what = f"{run.epochs} epochs of {run.dataset}, {run.model}, eps {run.eps:.4g}"
-            print(f"{run.method}: {times} x ({what}): {found}")
-    training = sum(seen[run.method].training for run in runs)
-    evaluation = sum(seen[run.method].evaluation for run in runs)
-    print(f"in all: {len(runs)} runs, training {duration(training)}, evaluation {duration(evaluation)}")
-    return 0
+
+    def job() -> int:
+        seen: dict[str, Estimate] = {}
+        for run in runs:
+            if run.method not in seen:
+                seen[run.method] = found = estimate(run, dataset, attacks)
+                times = sum(r.method == run.method for r in runs)
+                what = f"{run.epochs} epochs of {run.dataset}, {run.model}, eps {run.eps:.4g}"
+                print(f"{run.method}: {times} x ({what}): {found}")
+        training = sum(seen[run.method].training for run in runs)
+        evaluation = sum(seen[run.method].evaluation for run in runs)
+        print(f"in all: {len(runs)} runs, training {duration(training)}, evaluation {duration(evaluation)}")
+        return 0
+
+    return job
 
 
 if __name__ == "__main__":

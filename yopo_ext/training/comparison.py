@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from yopo_ext.training.checkpoint import MetricsFile, write_json
+from yopo_ext.training.adversaries import parse_attack
+from yopo_ext.training.checkpoint import MetricsFile, write_atomically, write_json
 from yopo_ext.training.config import CompareConfig, TrainConfig, resolve
 from yopo_ext.training.data import Dataset
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
-from yopo_ext.training.evaluation import evaluate, parse_attack
+from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.report import Row, save_plot, table
 from yopo_ext.training.trainer import Trainer
 
@@ -44,52 +45,54 @@ def plan(config: CompareConfig) -> list[TrainConfig]:
     return runs
 
 
-def compare(config: CompareConfig, *, shown: bool = True) -> list[Row] | None:
-    """Train and test every method with every seed; write results, table and plot under `config.train.out`.
+class Comparison:
+    """Trains and tests every method with every seed.
 
-    Returns None if `config.train.stop_after` ended it early; with `resume="auto"` the same call goes on from there.
-
-    Writes metrics.jsonl (one line per run), comparison.json (the table with its environment), comparison.txt,
-    accuracy-time.png, and one folder per run.
+    Under `config.train.out` it leaves metrics.jsonl (one line per run), comparison.json (the table with its
+    environment), comparison.txt, accuracy-time.png, and one folder per run.
     """
-    runs = plan(config)
-    deadline = None if config.train.stop_after is None else time.monotonic() + config.train.stop_after
-    out = Path(config.train.out) if config.train.out else None
-    metrics = None if out is None else MetricsFile(out / "metrics.jsonl")
-    done = {} if metrics is None else {(r["method"], r["seed"]): r for r in metrics.read()}
-    if done and config.train.resume == "never":
-        raise ValueError(f"out must be a folder without a comparison unless resume is 'auto'; {out} holds one")
-    dataset = dataset_of(config.train)
-    records: list[dict[str, Any]] = []
-    for run in runs:
-        record = done.get((run.method, run.seed))
-        if record is None:
-            record = run_and_test(run, dataset, config.test_attacks, deadline, shown=shown)
+
+    def __init__(self, config: CompareConfig, *, shown: bool = True) -> None:
+        """
+        Raises:
+            ValueError, TypeError: for what cannot be run, before anything is.
+        """
+        self.config, self.shown = config, shown
+        self.runs = plan(config)
+        self.out = Path(config.train.out) if config.train.out else None
+        self.metrics = None if self.out is None else MetricsFile(self.out / "metrics.jsonl")
+        self.done = {} if self.metrics is None else {(r["method"], r["seed"]): r for r in self.metrics.read()}
+        if self.done and config.train.resume == "never":
+            raise ValueError(f"out must be a folder without a comparison unless resume is 'auto'; {self.out} holds one")
+        self.dataset = dataset_of(config.train)
+
+    def run(self) -> list[Row] | None:
+        """The table's rows; None if `config.train.stop_after` ended it early (`resume="auto"` goes on from there)."""
+        limit = self.config.train.stop_after
+        deadline = None if limit is None else time.monotonic() + limit
+        records: list[dict[str, Any]] = []
+        for run in self.runs:
+            record = self.done.get((run.method, run.seed))
             if record is None:
-                return None
-            if metrics is not None:
-                metrics.append(record)
-        records.append(record)
-    rows = [Row.of([r for r in records if r["method"] == m]) for m in dict.fromkeys(r["method"] for r in records)]
-    order = [resolve(dataclasses.replace(config.train, method=m))[0].method for m in config.methods]
-    rows.sort(key=lambda row: order.index(row.method))
-    if out is not None:
-        where = environment()
-        write_json(
-            out / "comparison.json",
-            {
-                "dataset": runs[0].dataset,
-                "eps": runs[0].eps,
-                "norm": runs[0].norm,
-                "epochs": runs[0].epochs,
-                "seeds": list(config.seeds),
-                "environment": where,
-                "rows": [row.as_dict(rows) for row in rows],
-            },
-        )
-        (out / "comparison.txt").write_text(table(rows) + "\n")
-        save_plot(rows, out / "accuracy-time.png", title=f"{runs[0].dataset}, {runs[0].norm} {runs[0].eps:.4g}")
-    return rows
+                record = run_and_test(run, self.dataset, self.config.test_attacks, deadline, shown=self.shown)
+                if record is None:
+                    return None
+                if self.metrics is not None:
+                    self.metrics.append(record)
+            records.append(record)
+        names = [resolve(dataclasses.replace(self.config.train, method=m))[0].method for m in self.config.methods]
+        rows = [Row.of([r for r in records if r["method"] == name]) for name in names]
+        if self.out is not None:
+            self._write(rows, self.out)
+        return rows
+
+    def _write(self, rows: list[Row], out: Path) -> None:
+        first = self.runs[0]
+        facts = {name: getattr(first, name) for name in ("dataset", "model", "eps", "norm", "epochs", "time_budget")}
+        facts |= {"seeds": list(self.config.seeds), "environment": environment()}
+        write_json(out / "comparison.json", {**facts, "rows": [row.as_dict(rows) for row in rows]})
+        write_atomically(out / "comparison.txt", lambda file: file.write((table(rows) + "\n").encode()))
+        save_plot(rows, out / "accuracy-time.png", title=f"{first.dataset}, {first.norm} {first.eps:.4g}")
 
 
 def run_and_test(

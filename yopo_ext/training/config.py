@@ -50,11 +50,9 @@ class TrainConfig:
     dataset: str = option("digits", f"data set: {', '.join(PRESETS)}")
     data_dir: str = option("data", "folder that holds or receives data sets")
     download: bool = option(False, "download the data set if it is not in the folder")
-    image_size: int | None = option(
-        None, "imagefolder: images are resized and cropped to so many pixels (default: 224)"
-    )
+    image_size: int | None = option(None, "imagefolder: pixels that images are resized and cropped to (default: 224)")
     model: str | None = option(
-        None, "model: digits-cnn, smallcnn, preactresnet18, wrn-34-10, timm/NAME, torchvision/NAME"
+        None, "digits-cnn, smallcnn, preactresnet18, wrn-DEPTH-WIDTH, timm/NAME, torchvision/NAME"
     )
     eps: float | None = option(None, "radius of the ball, in pixel units (pixels in [0, 1]; 8/255 is fine)")
     norm: Literal["linf", "l2"] = option("linf", "norm of the ball")
@@ -177,9 +175,8 @@ class EvaluateConfig:
     """Attacks on a trained model."""
 
     checkpoint: str = option("", "model.pt or last.pt of a run")
-    attacks: tuple[str, ...] = option(
-        ("pgd-20",), "attacks, comma separated: pgd-STEPS[-RESTARTS], cw-STEPS[-RESTARTS]"
-    )
+    suite: Literal["quick", "standard", "full"] = option("quick", "which attacks")
+    attacks: tuple[str, ...] | None = option(None, "attacks instead of a suite, comma separated: pgd-50-10,apgd-t")
     split: Literal["test", "validation"] = option("test", "which split to attack")
     samples: int | None = option(None, "only the first so many samples")
     seed: int = option(0, "seed of the attacks' random starts")

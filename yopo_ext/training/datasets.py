@@ -48,7 +48,7 @@ def load_dataset(
 
     Args:
         name: one of `DATASETS`.
-        folder: where torchvision keeps it; "imagefolder": a folder with train/CLASS/IMAGE and test/ (or val/) CLASS/IMAGE.
+        folder: where torchvision keeps it; "imagefolder": train/CLASS/IMAGE and test/ (or val/) CLASS/IMAGE.
         download: fetch it if it is not there.
         validation: samples to hold out of the training data, at least one per class.
         image_size: "imagefolder" only: images are resized and cropped to this many pixels, and all held in memory.

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from yopo_ext.training.adversaries import Attack, PgdAttack, passes
 from yopo_ext.training.config import TrainConfig
 from yopo_ext.training.data import Dataset, Split
-from yopo_ext.training.evaluation import PgdAttack, evaluate, passes
+from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.methods import ThreatModel
 from yopo_ext.training.trainer import Trainer
 
@@ -36,7 +37,7 @@ class Estimate:
         )
 
 
-def estimate(config: TrainConfig, dataset: Dataset, test_attacks: Sequence[PgdAttack] = ()) -> Estimate:
+def estimate(config: TrainConfig, dataset: Dataset, test_attacks: Sequence[Attack] = ()) -> Estimate:
     """Time a few training steps and a small attack, then scale up. Writes no file."""
     trainer = Trainer(
         dataclasses.replace(config, out=None, resume="never", stop_after=None), dataset=dataset, shown=False

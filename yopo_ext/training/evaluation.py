@@ -5,68 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from yopo_ext import attacks
 from yopo_ext.modes import evaluating
+from yopo_ext.training.adversaries import Attack, pixel_model
 from yopo_ext.training.data import Split, mix_seed
 from yopo_ext.training.methods.base import ThreatModel
-
-
-@dataclass(frozen=True)
-class PgdAttack:
-    """PGD as an evaluation runs it: uniform start, step eps / 4 unless given, last iterate, worst of the restarts."""
-
-    steps: int = 20
-    restarts: int = 1
-    loss: Literal["ce", "margin"] = "ce"
-    step_size: float | None = None
-
-    @property
-    def name(self) -> str:
-        name = {"ce": "pgd", "margin": "cw"}[self.loss]
-        return f"{name}-{self.steps}" + (f"-{self.restarts}" if self.restarts > 1 else "")
-
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
-    ) -> Tensor:
-        """The perturbation found, [B, C, H, W]."""
-        return attacks.pgd(
-            model,
-            x,
-            y,
-            eps=threat.eps,
-            step_size=threat.eps / 4 if self.step_size is None else self.step_size,
-            steps=self.steps,
-            restarts=self.restarts,
-            loss=self.loss,
-            norm=threat.norm,
-            bounds=threat.bounds,
-            mean=threat.mean,
-            std=threat.std,
-            generator=generator,
-        ).perturbation
-
-
-def parse_attack(text: str) -> PgdAttack:
-    """The attack written as "pgd-STEPS", "pgd-STEPS-RESTARTS", or "cw-..." for the margin loss.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    kind, *numbers = text.strip().split("-")
-    if kind not in ("pgd", "cw") or not 1 <= len(numbers) <= 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
-        raise ValueError(f"attack must look like pgd-20, pgd-50-10 (steps, restarts) or cw-50-10; got {text!r}")
-    restarts = int(numbers[1]) if len(numbers) == 2 else 1
-    return PgdAttack(int(numbers[0]), restarts, loss="ce" if kind == "pgd" else "margin")
-
-
-def passes(attack_list: Sequence[PgdAttack]) -> int:
-    """Forwards and input gradients per image that `evaluate` spends with these attacks."""
-    return 1 + sum(1 + 2 * a.steps * a.restarts + (a.restarts if a.restarts > 1 else 0) for a in attack_list)
 
 
 @contextmanager
@@ -100,7 +47,7 @@ def evaluate(
     model: nn.Module,
     split: Split,
     threat: ThreatModel,
-    attack_list: Sequence[PgdAttack],
+    attack_list: Sequence[Attack],
     *,
     seed: int = 0,
     batch_size: int = 256,
@@ -131,6 +78,16 @@ def evaluate(
 @torch.no_grad()
 def is_correct(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
     """Whether the model predicts y, [B] bool."""
-    if threat.mean is not None and threat.std is not None:
-        x = (x - attacks.broadcast(threat.mean, x)) / attacks.broadcast(threat.std, x)
-    return model(x).argmax(1) == y
+    return pixel_model(model, threat)(x).argmax(1) == y
+
+
+def alarms(robust: dict[str, float]) -> list[str]:
+    """Signs, in robust accuracies in percent by attack, that gradients are masked and the accuracies too high."""
+    found = []
+    white_box = {name: value for name, value in robust.items() if name not in ("square", "autoattack")}
+    if "square" in robust and white_box and robust["square"] < min(white_box.values()):
+        found.append("Square, which needs no gradients, beats every attack that uses them")
+    weak, strong = (min((v for n, v in robust.items() if n.startswith(p)), default=None) for p in ("pgd-20", "pgd-50"))
+    if weak is not None and strong is not None and weak - strong > 5.0:
+        found.append(f"PGD-50 leaves {weak - strong:.1f} points less than PGD-20: short attacks do not converge")
+    return found

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from yopo_ext import validation
+from yopo_ext.training.adversaries import SUITES, parse_attack, passes
 from yopo_ext.training.checkpoint import load_checkpoint, tested_weights, write_json
 from yopo_ext.training.config import EvaluateConfig, TrainConfig, threat_model
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.estimate import duration, seconds_per_pass
-from yopo_ext.training.evaluation import evaluate, parse_attack, passes
+from yopo_ext.training.evaluation import alarms, evaluate
 from yopo_ext.training.models import build_model
 
 
@@ -27,7 +28,9 @@ class CheckpointTest:
             FileNotFoundError, ValueError, TypeError: there is no such checkpoint, split or attack.
         """
         self.config = config
-        self.attacks = [parse_attack(a) for a in config.attacks]
+        validation.choice("suite", config.suite, tuple(SUITES))
+        names = SUITES[config.suite] if config.attacks is None else config.attacks
+        self.attacks = [parse_attack(name) for name in names]
         validation.choice("split", config.split, ("test", "validation"))
         validation.integer("seed", config.seed, 0)
         if config.samples is not None:
@@ -66,6 +69,7 @@ class CheckpointTest:
             "split": self.config.split,
             "seed": self.config.seed,
             **found.as_dict(),
+            "alarms": alarms(found.robust),
             "seconds": seconds,
             "environment": environment(self.device),
         }
@@ -73,7 +77,7 @@ class CheckpointTest:
             write_json(Path(self.config.out), report)
         accuracies = {"clean": found.clean, **found.robust, "worst case": found.worst}
         lines = [f"  {name:<12} {value:6.2f} %" for name, value in accuracies.items()]
-        return "\n".join([self._what(), *lines])
+        return "\n".join([self._what(), *lines, *(f"  ALARM: {text}" for text in report["alarms"])])
 
     def _what(self) -> str:
         t = self.trained

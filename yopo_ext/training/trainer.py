@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yopo_ext.training.adversaries import PgdAttack
 from yopo_ext.training.augment import Augmentation
 from yopo_ext.training.checkpoint import MetricsFile, load_checkpoint, save_checkpoint, write_json
 from yopo_ext.training.config import TrainConfig, differences, resolve
 from yopo_ext.training.data import Dataset, TensorSource
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
-from yopo_ext.training.evaluation import PgdAttack, evaluate
+from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.learner import FabricLearner
 from yopo_ext.training.methods import Method
 from yopo_ext.training.progress import Progress

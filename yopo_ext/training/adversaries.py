@@ -1,0 +1,175 @@
+"""The attacks of an evaluation: name, cost and how each is run; `SUITES` lists what is tried when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from yopo_ext import attacks
+from yopo_ext.training.apgd import apgd
+from yopo_ext.training.methods.base import ThreatModel
+
+
+@dataclass(frozen=True)
+class PgdAttack:
+    """PGD as an evaluation runs it: uniform start, step eps / 4 unless given, last iterate, worst of the restarts."""
+
+    steps: int = 20
+    restarts: int = 1
+    loss: Literal["ce", "margin"] = "ce"
+    step_size: float | None = None
+
+    @property
+    def name(self) -> str:
+        name = {"ce": "pgd", "margin": "cw"}[self.loss]
+        return f"{name}-{self.steps}" + (f"-{self.restarts}" if self.restarts > 1 else "")
+
+    @property
+    def passes(self) -> int:
+        """Forwards and input gradients per image."""
+        return 2 * self.steps * self.restarts + (self.restarts if self.restarts > 1 else 0)
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
+    ) -> Tensor:
+        """The perturbation found, [B, C, H, W]."""
+        return attacks.pgd(
+            model,
+            x,
+            y,
+            eps=threat.eps,
+            step_size=threat.eps / 4 if self.step_size is None else self.step_size,
+            steps=self.steps,
+            restarts=self.restarts,
+            loss=self.loss,
+            norm=threat.norm,
+            bounds=threat.bounds,
+            mean=threat.mean,
+            std=threat.std,
+            generator=generator,
+        ).perturbation
+
+
+@dataclass(frozen=True)
+class Apgd:
+    """APGD with 100 steps: on cross-entropy, or on the targeted DLR loss against the nine most likely other classes."""
+
+    targeted: bool = False
+    steps: int = 100
+    targets: int = 9
+
+    @property
+    def name(self) -> str:
+        return "apgd-t" if self.targeted else "apgd-ce"
+
+    @property
+    def passes(self) -> int:
+        return (self.targets if self.targeted else 1) * 2 * (self.steps + 1)
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
+    ) -> Tensor:
+        ball = attacks.AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
+        targets = self.targets if self.targeted else None
+        return apgd(pixel_model(model, threat), x, y, ball, steps=self.steps, targets=targets, generator=generator)
+
+
+@dataclass(frozen=True)
+class AutoAttack:
+    """The ensemble of Croce and Hein, or its Square attack alone, from the package `pyautoattack` or `autoattack`."""
+
+    square: bool = False
+
+    @property
+    def name(self) -> str:
+        return "square" if self.square else "autoattack"
+
+    @property
+    def passes(self) -> int:
+        return 5000 if self.square else 5000 + 202 + 2 * 1818
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
+    ) -> Tensor:
+        """
+        Raises:
+            ModuleNotFoundError: neither package is installed.
+        """
+        norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+        options = {"norm": norm, "eps": threat.eps, "seed": generator.initial_seed() % 2**31, "device": x.device}
+        chosen = ["square"] if self.square else ["apgd-ce", "apgd-t", "fab-t", "square"]
+        wrapped, x = pixel_model(model, threat), x.contiguous()  # it fails on channels_last inputs
+        if find_spec("pyautoattack") is not None:
+            from pyautoattack import AutoAttack as Ensemble
+
+            ensemble = Ensemble(wrapped, version="custom", attacks=chosen, **options)
+            _as_in_the_standard_version(ensemble)
+            attacked, _ = ensemble.run_standard_evaluation(x, y, batch_size=max(len(x), 1))
+        elif find_spec("autoattack") is not None:
+            from autoattack import AutoAttack as Ensemble
+
+            ensemble = Ensemble(wrapped, version="custom", attacks_to_run=chosen, verbose=False, **options)
+            _as_in_the_standard_version(ensemble)
+            attacked = ensemble.run_standard_evaluation(x, y, bs=max(len(x), 1))
+        else:
+            raise ModuleNotFoundError(f"attack {self.name!r} needs a package: pip install pyautoattack")
+        return attacks.AdmissibleSet(x, threat.eps, threat.norm, threat.bounds).project(attacked - x)
+
+
+def _as_in_the_standard_version(ensemble: Any) -> None:
+    ensemble.apgd.n_restarts = ensemble.fab.n_restarts = ensemble.apgd_targeted.n_restarts = 1
+    ensemble.apgd_targeted.n_target_classes = ensemble.fab.n_target_classes = 9
+    ensemble.square.n_queries = 5000
+
+
+Attack = PgdAttack | Apgd | AutoAttack
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "quick": ("pgd-20",),  # while developing
+    "standard": ("pgd-20", "pgd-50-10", "cw-50-10"),  # what papers on fast training report
+    # before claiming anything
+    "full": ("pgd-20", "pgd-50-10", "cw-50-10", "apgd-ce", "apgd-t", "square", "autoattack"),
+}
+
+
+def parse_attack(text: str) -> Attack:
+    """The attack written as "pgd-STEPS[-RESTARTS]", "cw-STEPS[-RESTARTS]" (PGD on the margin loss) or by its name.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    named: dict[str, Attack] = {a.name: a for a in (Apgd(), Apgd(targeted=True), AutoAttack(square=True), AutoAttack())}
+    if text.strip() in named:
+        return named[text.strip()]
+    kind, *numbers = text.strip().split("-")
+    if kind not in ("pgd", "cw") or not 1 <= len(numbers) <= 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+        shapes = "pgd-20, pgd-50-10 (steps, restarts), cw-50-10"
+        raise ValueError(f"attack must look like {shapes} or be one of {', '.join(named)}; got {text!r}")
+    restarts = int(numbers[1]) if len(numbers) == 2 else 1
+    return PgdAttack(int(numbers[0]), restarts, loss="ce" if kind == "pgd" else "margin")
+
+
+def passes(attack_list: Sequence[Attack]) -> int:
+    """Forwards and input gradients per image that `evaluate` spends with these attacks."""
+    return 1 + sum(1 + attack.passes for attack in attack_list)
+
+
+def pixel_model(model: nn.Module, threat: ThreatModel) -> nn.Module:
+    """The model as a function of pixels."""
+    return model if threat.mean is None else _Normalised(model, threat)
+
+
+class _Normalised(nn.Module):
+    def __init__(self, model: nn.Module, threat: ThreatModel) -> None:
+        super().__init__()
+        assert threat.mean is not None
+        assert threat.std is not None
+        self.model, self.mean, self.std = model, threat.mean, threat.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((x - attacks.broadcast(self.mean, x)) / attacks.broadcast(self.std, x))
