@@ -31,6 +31,13 @@ demo: $(VENV)/.build
 test: $(VENV)/.build
 	$(BIN)/python -m pytest
 
+# The CPU set, within 10 minutes; then the README's tables from its JSON files.
+bench: $(VENV)/.build
+	$(BIN)/python benchmarks/first_layer.py
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python scripts/readme.py
+
 lint: $(VENV)/.environment
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
