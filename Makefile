@@ -1,14 +1,14 @@
 # make demo   environment, build, and the comparison of natural, PGD and YOPO training on real digits
 # make test   environment, build, all tests
-# make lint | bench | clean
+# make bench  environment, build, the CPU benchmarks (within 10 minutes), the README's tables
+# make test-gpu, make bench-gpu   on a machine with an NVIDIA GPU, nvcc and torch in $(PYTHON); nothing is fetched
+# make lint | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc yopo_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name 'CMakeLists.txt' -o -name '*.in')
-THREADS ?= $(shell nproc 2>/dev/null || echo 2)
-
-.PHONY: demo test lint bench clean env build
+.PHONY: demo test lint bench test-gpu bench-gpu build-gpu clean env build
 
 env: $(VENV)/.environment
 build: $(VENV)/.build
@@ -31,12 +31,21 @@ demo: $(VENV)/.build
 test: $(VENV)/.build
 	$(BIN)/python -m pytest
 
-# The CPU set, within 10 minutes; then the README's tables from its JSON files.
 bench: $(VENV)/.build
 	$(BIN)/python benchmarks/first_layer.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python scripts/readme.py
+
+build-gpu:
+	YOPO_CUDA=ON YOPO_CUDA_ARCHITECTURES=$${YOPO_CUDA_ARCHITECTURES:-native} $(PYTHON) setup.py --quiet build_ext --inplace
+
+test-gpu: build-gpu
+	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest tests/gpu
+
+bench-gpu: build-gpu
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/first_layer_gpu.py
+	$(PYTHON) scripts/readme.py
 
 lint: $(VENV)/.environment
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
