@@ -206,6 +206,29 @@ def test_opaque_first_layer_cuts_the_graph() -> None:
         assert_same(model, eager, [step(m) for m in (compiled, eager)])
 
 
+@pytest.mark.parametrize("compiled_model", [False, True])
+def test_inside_a_compiled_function(compiled_model: bool) -> None:
+    eager = network(STEMS["conv_bn_relu"])
+    model = copy.deepcopy(eager)
+    runs: list[int] = []
+
+    def backend(graph, inputs):
+        return lambda *arguments: runs.append(1) or graph(*arguments)
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend) if compiled_model else model
+
+    @torch.compile(backend="aot_eager")
+    def train(model: nn.Module, x: Tensor, y: Tensor, eta: Tensor) -> tuple:
+        result = yopo_step(model, x, y, first_layer="first", outer_steps=3, eps=EPS, step_size=SIGMA, init=eta)
+        return result, result.loss + 1
+
+    for _ in range(2):
+        result, loss = train(compiled, *batch())
+        torch.testing.assert_close(loss, result.loss + 1)
+        assert_same(model, eager, [result, step(eager)])
+    assert len(runs) == (5 if compiled_model else 0)  # all passes but the very first
+
+
 def test_models_compiled_in_place_and_in_parts() -> None:
     eager = network(STEMS["conv_bn_relu"])
     whole, part = copy.deepcopy(eager), copy.deepcopy(eager)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,15 @@ class StepResult(NamedTuple):
     perturbation: Tensor
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _not_traced(step: Function) -> Function:
+    """A step inside a compiled function is a graph break; a model that is compiled itself stays so inside it."""
+    return torch.compiler.disable(step)
+
+
+@_not_traced
 def yopo_step(
     model: nn.Module,
     x: Tensor,
@@ -151,6 +160,7 @@ def yopo_step(
     return StepResult(result.loss, torch.stack(losses), result.output, eta)
 
 
+@_not_traced
 def trades_yopo_step(
     model: nn.Module,
     x: Tensor,
