@@ -130,6 +130,12 @@ struct CostateImage {
     }
   }
 
+  YOPO_DEVICE void prefetch_block(int first, int second, int k) const {
+    const int kernel = k * kernel_stride;
+    prefetch(at(first + kernel));
+    prefetch(at(pairs == Pairs::kPixels ? first + kernel + kernel_stride : second + kernel));
+  }
+
   template <Pairs kPairs>
   YOPO_DEVICE void store_block(PairsAs<kPairs>, const float (&v)[2][2], int first, int second, bool first_valid,
                                bool second_valid, int k) const {

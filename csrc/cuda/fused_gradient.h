@@ -14,55 +14,78 @@ struct FusedGradient : FusedTile<V> {
   using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group,
       Base::member;
   using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
-  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
+  using Base::kThreads, Base::kWarps, Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
   using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
   using Base::take_tile, Base::load_input;
   using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
   using typename Base::Costate;
 
+  // Costates of 16 pixels by 8 * kChunk kernels: [pixel][kernel], kernels 2 * member and the next of every k-step.
+  using Chunk = float[V::kChunk][2][2];
+  static_assert(kRow.band_pixels <= 16 * kWarps, "a warp takes at most 16 pixels of a band");
+
+  // This lane's first of two neighbouring pixels in the band that starts at `begin`.
+  YOPO_DEVICE int pixel_in_band(int begin) const { return begin + warp() * 16 + 2 * group; }
+  YOPO_DEVICE bool takes_part(int begin, int count) const {
+    return warp() * 16 < kRow.band_pixels && begin + warp() * 16 < count;
+  }
+
+  YOPO_DEVICE void load_chunk(Chunk& q, const CostateImage<Costate>& costates, int begin, int count, int k0) const {
+    const int pixel = pixel_in_band(begin);
+    const bool valid0 = pixel < count, valid1 = pixel + 1 < count;
+    const int offset0 = valid0 ? costate_offset(costates, pixel) : 0;
+    const int offset1 = valid1 ? costate_offset(costates, pixel + 1) : 0;
+    costates.with_pairs([&](auto pairs) {
+#pragma unroll
+      for (int step = 0; step < V::kChunk; ++step) {
+        const int k = k0 + step * 8;
+        costates.load_block(pairs, q[step], offset0, offset1, valid0 && k < K, valid1 && k < K, k + 2 * member);
+      }
+    });
+  }
+
+  // Asks for the next band's first chunk while this one is computed, without a register.
+  YOPO_DEVICE void prefetch_chunk(const CostateImage<Costate>& costates, int begin, int count) const {
+    const int pixel = pixel_in_band(begin);
+    if (pixel + 1 >= count) return;
+    const int offset0 = costate_offset(costates, pixel), offset1 = costate_offset(costates, pixel + 1);
+#pragma unroll
+    for (int step = 0; step < V::kChunk; ++step)
+      if (step * 8 < K) costates.prefetch_block(offset0, offset1, step * 8 + 2 * member);
+  }
+
   // ---- 3) T of one band of pixels: 16 per warp ----
-  YOPO_DEVICE void multiply_band(const CostateImage<Costate>& costates, int begin, int end, float* to) const {
-    for (int local = warp() * 16; local < kRow.band_pixels; local += kFusedWarps * 16) {
-      if (begin + local >= end) break;
-      const int pixel = begin + local + 2 * group;  // this lane's two rows of the fragment are neighbours
-      const bool valid0 = pixel < end, valid1 = pixel + 1 < end;
-      const int offset0 = valid0 ? costate_offset(costates, pixel) : 0;
-      const int offset1 = valid1 ? costate_offset(costates, pixel + 1) : 0;
-      const int base0 = V::kAffine || !valid0 ? 0 : u_base(pixel),
-                base1 = V::kAffine || !valid1 ? 0 : u_base(pixel + 1);
-      float t[kTiles][4] = {};
-      for (int k0 = 0; k0 < K; k0 += V::kChunk * 8) {
-        float q[V::kChunk][2][2];  // [pixel][kernel], kernels 2 * member and the next of every k-step
-        costates.with_pairs([&](auto pairs) {
+  YOPO_DEVICE void multiply_band(const CostateImage<Costate>& costates, int begin, int count, float* to) const {
+    const int pixel = pixel_in_band(begin);
+    const int base0 = V::kAffine || pixel >= count ? 0 : u_base(pixel);
+    const int base1 = V::kAffine || pixel + 1 >= count ? 0 : u_base(pixel + 1);
+    float t[kTiles][4] = {};
+    for (int k0 = 0; k0 < K; k0 += V::kChunk * 8) {
+      Chunk q;
+      load_chunk(q, costates, begin, count, k0);
+      if (k0 == 0) prefetch_chunk(costates, begin + kRow.band_pixels, count);
 #pragma unroll
-          for (int step = 0; step < V::kChunk; ++step) {
-            const int k = k0 + step * 8;
-            costates.load_block(pairs, q[step], offset0, offset1, valid0 && k < K, valid1 && k < K, k + 2 * member);
-          }
-        });
+      for (int step = 0; step < V::kChunk; ++step) {
+        const int k = k0 + step * 8;
+        if (k >= K) break;
+        if constexpr (!V::kAffine) multiply_by_slope(q[step], base0, base1, k);
+        Operand<kPrecise, 4> a;  // rows: pixels; columns member, member + 4: kernels 2 * member, 2 * member + 1
+        a.set(0, q[step][0][0]), a.set(1, q[step][1][0]), a.set(2, q[step][0][1]), a.set(3, q[step][1][1]);
+        const float* w = weight + (k + 2 * member) * kRow.weight_stride() + group;
 #pragma unroll
-        for (int step = 0; step < V::kChunk; ++step) {
-          const int k = k0 + step * 8;
-          if (k >= K) break;
-          if constexpr (!V::kAffine) multiply_by_slope(q[step], base0, base1, k);
-          Operand<kPrecise, 4> a;  // rows: pixels; columns member, member + 4: kernels 2 * member, 2 * member + 1
-          a.set(0, q[step][0][0]), a.set(1, q[step][1][0]), a.set(2, q[step][0][1]), a.set(3, q[step][1][1]);
-          const float* w = weight + (k + 2 * member) * kRow.weight_stride() + group;
-#pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-            Operand<kPrecise, 2> b;
-            b.set_rounded(0, w[tile * 8]), b.set_rounded(1, w[kRow.weight_stride() + tile * 8]);
-            multiply_add<kPrecise>(t[tile], a, b);
-          }
+        for (int tile = 0; tile < kTiles; ++tile) {
+          Operand<kPrecise, 2> b;
+          b.set_rounded(0, w[tile * 8]), b.set_rounded(1, w[kRow.weight_stride() + tile * 8]);
+          multiply_add<kPrecise>(t[tile], a, b);
         }
       }
+    }
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const int column = tile * 8 + 2 * member;
-        float* at = to + column * kRow.band_stride() + local + 2 * group;
-        if (column < columns) store_pair(at, t[tile][0], t[tile][2]);
-        if (column + 1 < columns) store_pair(at + kRow.band_stride(), t[tile][1], t[tile][3]);
-      }
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int column = tile * 8 + 2 * member;
+      float* at = to + column * kRow.band_stride() + pixel - begin;
+      if (column < columns) store_pair(at, t[tile][0], t[tile][2]);
+      if (column + 1 < columns) store_pair(at + kRow.band_stride(), t[tile][1], t[tile][3]);
     }
   }
 
@@ -98,7 +121,7 @@ struct FusedGradient : FusedTile<V> {
     low = low > y0 ? low : y0;
     high = high < y1 ? high : y1;
     const int rows = high - low;
-    for (int task = warp(); task < C * rows; task += kFusedWarps) {
+    for (int task = warp(); task < C * rows; task += kWarps) {
       const int c = task / rows, y = low + task % rows;
       float* g_row = g + (c * plan.g_rows + y - y0) * W;
       for (int x = lane(); x < W; x += 32) {
@@ -129,7 +152,7 @@ struct FusedGradient : FusedTile<V> {
     for (int begin = 0; begin < count; begin += kRow.band_pixels, ++band) {
       const int end = begin + kRow.band_pixels < count ? begin + kRow.band_pixels : count;
       float* to = exchange + band % kRow.band_buffers * buffer;
-      multiply_band(costates, begin, end, to);
+      if (takes_part(begin, count)) multiply_band(costates, begin, count, to);
       sync<20>();  // T is complete
       gather_band(begin, end, to);
       if (kRow.band_buffers == 1 && end < count) sync<21>();  // T may be overwritten

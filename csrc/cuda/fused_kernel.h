@@ -8,12 +8,12 @@
 // Scale and shift of the affine part are folded into W and the bias once per block. Costates go from global memory
 // straight into mma fragments, because a fragment is a set of 2x2 blocks (two pixels, two kernels) and the order of the
 // summed index is free: an accumulator of z is at once a fragment of q. So p never passes through shared memory; its
-// second reading (for D) comes from L2.
+// further readings (every step of a non-linear f0, D) come from L2, which holds an image per processor (34 MB).
 //
 // Count, CIFAR 3->64, one image: p 256 KB and y 256 KB move; 3 products of 64 x 4 x 8 = 2048 mma (m16n8k8) each, 85 %
-// of them useful columns; shared memory: weights 4096, exchange 2000, images 4000 wavefronts of 128 bytes. At two
-// images per processor that is ~11 us of mma and ~12 us of shared memory beside ~33 us of device memory. Every further
-// non-linear step adds 4096 mma and one reading of p, from L2 or memory.
+// of them useful columns; shared memory: weights 8000, exchange 2000, images 4000 wavefronts of 128 bytes. At two
+// images per processor that is ~11 us of mma and ~16 us of shared memory beside ~33 us of device memory. Every further
+// non-linear step adds 4096 mma and one reading of p.
 #pragma once
 
 #include "core/projection.h"
@@ -31,7 +31,7 @@ struct FusedBlock : FusedResults<V> {
   using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group,
       Base::member;
   using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
-  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
+  using Base::kThreads, Base::kWarps, Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
   using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
   using Base::take_tile, Base::load_input;
   using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
@@ -41,8 +41,7 @@ struct FusedBlock : FusedResults<V> {
   YOPO_DEVICE void step(bool first, bool last) {
     const bool keeps_input = plan.mode == FusedMode::kResident && plan.u_rows > 0;
     const int rows = y1 - y0;
-    for (int task = warp(); task < C * rows;
-         task += kFusedWarps) {  // the same elements for the same thread in every step
+    for (int task = warp(); task < C * rows; task += kWarps) {  // the same elements for the same thread in every step
       const int c = task / rows, y = y0 + task % rows;
       const float eps = constant(kEps, c), lo = constant(kLo, c), hi = constant(kHi, c), sigma = constant(kStepSize, c);
       const float divisor = args.update.constants.present(kStd) ? constant(kStd, c) : 1.0f;
@@ -92,13 +91,13 @@ struct FusedBlock : FusedResults<V> {
     }
     if (wants_sums()) {
       float* partial = static_cast<float*>(args.update.partial.data) + int64_t(block()) * K * (columns + 1);
-      for (int i = tid(); i < K * (columns + 1); i += kFusedThreads) partial[i] = sums[i];
+      for (int i = tid(); i < K * (columns + 1); i += kThreads) partial[i] = sums[i];
     }
   }
 };
 
 template <class V>
-__global__ void __launch_bounds__(kFusedThreads, V::kRow.blocks_per_processor)
+__global__ void __launch_bounds__(V::kThreads, V::kRow.blocks_per_processor)
     fused_kernel(const __grid_constant__ FusedArgs args) {
   FusedBlock<V>(args).run();
 }

@@ -12,7 +12,7 @@ Status launch_fused_as(const FusedArgs& args, int blocks, CudaStream stream) {
   const Params& p = args.update.params;
   auto run = [&](auto costate, auto precise) {
     using Traits = FusedTraits<kActivation, decltype(costate), decltype(precise)::value, kRow>;
-    return launch(fused_kernel<Traits>, args, blocks, kFusedThreads, args.plan.shared_bytes, stream);
+    return launch(fused_kernel<Traits>, args, blocks, Traits::kThreads, args.plan.shared_bytes, stream);
   };
   const bool wide = p.costate_dtype == DType::kFloat32;
   if (p.allow_tf32) return wide ? run(Wide{}, std::false_type{}) : run(Narrow{}, std::false_type{});

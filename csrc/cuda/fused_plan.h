@@ -70,12 +70,10 @@ constexpr FusedPlan plan_band(const FusedShape& s, const TuningRow& row, FusedMo
   return FusedPlan{};
 }
 
-// The CIFAR stem at its fullest, non-linear: two blocks on a processor with 228 KB (1 KB each is the system's), one
-// within 99 KB.
+// The CIFAR stem at its fullest, non-linear, within 99 KB.
 constexpr FusedShape kCifarStem{3, 32, 32, 64, 32, 32, 3, 3, 1, 1, 1, 1, false, true, true};
 static_assert(plan_tile(kCifarStem, kTuningTable[1], FusedMode::kResident, 32).shared_bytes <= 99 * 1024);
-static_assert(2 * (plan_tile(kCifarStem, kTuningTable[1], FusedMode::kResident, 32).shared_bytes + 1024) <= 164 * 1024);
-// The MNIST layer, and the ImageNet stem in bands, within 99 KB.
+// The MNIST layer with room for two blocks; the ImageNet stem in bands, within 99 KB.
 constexpr FusedShape kMnistLayer{1, 28, 28, 32, 26, 26, 3, 3, 1, 0, 1, 1, false, true, true};
 static_assert(plan_tile(kMnistLayer, kTuningTable[0], FusedMode::kResident, 28).shared_bytes <= 48 * 1024);
 constexpr FusedShape kImageNetStem{3, 224, 224, 64, 112, 112, 7, 7, 2, 3, 1, 1, true, true, true};

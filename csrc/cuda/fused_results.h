@@ -14,7 +14,7 @@ struct FusedResults : FusedGradient<V> {
   using Base::C, Base::H, Base::W, Base::K, Base::OH, Base::OW, Base::R, Base::S, Base::columns, Base::group,
       Base::member;
   using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
-  using Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
+  using Base::kThreads, Base::kWarps, Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
   using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
   using Base::take_tile, Base::load_input;
   using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
@@ -27,7 +27,7 @@ struct FusedResults : FusedGradient<V> {
     const CostateImage<Costate> costates = image_of(p.costate, p.costate_strides, args.costate_pairs);
     const CostateImage<Costate> outputs = image_of(p.output, p.output_strides, args.output_pairs);
     const int count = pixels(), slice = 16 * kResultTiles, slices = (K + slice - 1) / slice;
-    const int together = slices < kFusedWarps ? slices : kFusedWarps, members = kFusedWarps / together;
+    const int together = slices < kWarps ? slices : kWarps, members = kWarps / together;
     for (int first = 0; first < slices; first += together) {
       const int mine = first + warp() % together,
                 order = warp() / together;  // which kernels, which share of the pixels
@@ -44,12 +44,34 @@ struct FusedResults : FusedGradient<V> {
     }
   }
 
+  // [n-tile][m-tile][pixel][kernel]. Rows of a fragment: kernels 2 * group, + 1 of each m-tile. Columns: pixels
+  // 2 * member, + 1 of each n-tile.
+  using Costates = float[kPixelTiles][kResultTiles][2][2];
+
+  YOPO_DEVICE void load_costates(Costates& q, const CostateImage<Costate>& costates, int pixel, int count,
+                                 int k0) const {
+    costates.with_pairs([&](auto pairs) {
+#pragma unroll
+      for (int n = 0; n < kPixelTiles; ++n) {
+        const int first = pixel + n * 8 + 2 * member;
+        const int offset0 = first < count ? costate_offset(costates, first) : 0;
+        const int offset1 = first + 1 < count ? costate_offset(costates, first + 1) : 0;
+#pragma unroll
+        for (int m = 0; m < kResultTiles; ++m) {
+          const bool inside = k0 + m * 16 < K;
+          costates.load_block(pairs, q[n][m], offset0, offset1, inside && first < count, inside && first + 1 < count,
+                              k0 + m * 16 + 2 * group);
+        }
+      }
+    });
+  }
+
   YOPO_DEVICE void results_of_tile(const CostateImage<Costate>& costates, const CostateImage<Costate>& outputs,
                                    int pixel, int count, int k0, float (&d)[kResultTiles][kTiles][4]) const {
-    // Rows of a fragment: kernels 2 * group, + 1 of each m-tile. Columns: pixels 2 * member, + 1 of each n-tile.
-    float q[kPixelTiles][kResultTiles][2][2];  // [n-tile][m-tile][pixel][kernel]
-    float z[kPixelTiles][kResultTiles][4];     // (k, px) (k, px + 1) (k + 1, px) (k + 1, px + 1)
-    int at[kPixelTiles][2], base[kPixelTiles], offset[kPixelTiles][2];
+    Costates q;
+    if (wants_sums()) load_costates(q, costates, pixel, count, k0);
+    float z[kPixelTiles][kResultTiles][4];  // (k, px) (k, px + 1) (k + 1, px) (k + 1, px + 1)
+    int at[kPixelTiles][2], base[kPixelTiles];
     bool valid[kPixelTiles][2];
 #pragma unroll
     for (int n = 0; n < kPixelTiles; ++n) {
@@ -57,21 +79,8 @@ struct FusedResults : FusedGradient<V> {
       for (int i = 0; i < 2; ++i) {
         at[n][i] = pixel + n * 8 + 2 * member + i;
         valid[n][i] = at[n][i] < count;
-        offset[n][i] = valid[n][i] ? costate_offset(costates, at[n][i]) : 0;
       }
       base[n] = pixel + n * 8 + group < count ? u_base(pixel + n * 8 + group) : 0;
-    }
-    if (wants_sums()) {
-      costates.with_pairs([&](auto pairs) {
-#pragma unroll
-        for (int n = 0; n < kPixelTiles; ++n)
-#pragma unroll
-          for (int m = 0; m < kResultTiles; ++m) {
-            const bool inside = k0 + m * 16 < K;
-            costates.load_block(pairs, q[n][m], offset[n][0], offset[n][1], valid[n][0] && inside,
-                                valid[n][1] && inside, k0 + m * 16 + 2 * group);
-          }
-      });
     }
     if (!V::kAffine || wants_output()) {
       compute_z(z, base, k0);

@@ -23,6 +23,7 @@ struct FusedTraits {
   static constexpr Compiled kActivation = kActivation_;
   static constexpr bool kAffine = kActivation == Compiled::kIdentity, kPrecise = kPrecise_;
   static constexpr TuningRow kRow = kTuningTable[kRow_];
+  static constexpr int kThreads = kRow.threads, kWarps = kRow.warps();
   static constexpr int kTiles = kRow.tiles;
   // Transcendental slopes and threefold products need registers themselves, and the time to hide fewer loads.
   static constexpr bool kHeavy = kActivation == Compiled::kAny || kPrecise;
@@ -35,6 +36,7 @@ struct FusedTraits {
 
 template <class V>
 struct FusedTile {
+  static constexpr int kThreads = V::kThreads, kWarps = V::kWarps;
   static constexpr bool kPrecise = V::kPrecise;
   static constexpr TuningRow kRow = V::kRow;
   static constexpr int kTiles = V::kTiles, kResultTiles = V::kResultTiles;
@@ -85,23 +87,23 @@ struct FusedTile {
   YOPO_DEVICE void load_parameters() {
     const float* w = static_cast<const float*>(p.weight);
     const float* scale = static_cast<const float*>(p.scale);
-    for (int i = tid(); i < K * kRow.weight_stride(); i += kFusedThreads) {
+    for (int i = tid(); i < K * kRow.weight_stride(); i += kThreads) {
       const int k = i / kRow.weight_stride(), column = i % kRow.weight_stride();
       const float value = column < columns ? w[k * columns + column] : 0.0f;
       weight[i] = shared_precision<kPrecise>(scale ? value * scale[k] : value);
     }
-    for (int k = tid(); k < K; k += kFusedThreads) {
+    for (int k = tid(); k < K; k += kThreads) {
       float value = p.bias ? static_cast<const float*>(p.bias)[k] : 0.0f;
       if (scale) value *= scale[k];
       if (p.shift) value += static_cast<const float*>(p.shift)[k];
       bias[k] = value;
     }
-    for (int i = tid(); i < kRow.columns(); i += kFusedThreads) {
+    for (int i = tid(); i < kRow.columns(); i += kThreads) {
       const int c = i / (R * S), r = i / S % R, s = i % S;
       offsets[i] = i < columns ? (c * plan.u_rows + r * int(p.dilation[0])) * plan.u_cols + s * int(p.dilation[1]) : 0;
     }
     if (wants_sums())
-      for (int i = tid(); i < K * (columns + 1); i += kFusedThreads) sums[i] = 0.0f;
+      for (int i = tid(); i < K * (columns + 1); i += kThreads) sums[i] = 0.0f;
   }
 
   YOPO_DEVICE void take_tile(int tile) {
@@ -151,7 +153,7 @@ struct FusedTile {
 
   YOPO_DEVICE void load_input(bool clamped) {
     const bool border_only = V::kAffine && moves();  // step() writes the rest before anybody reads it
-    for (int task = warp(); task < C * plan.u_rows; task += kFusedWarps) {
+    for (int task = warp(); task < C * plan.u_rows; task += kWarps) {
       const int c = task / plan.u_rows, y = u_top + task % plan.u_rows;
       const float lo = constant(kLo, c), hi = constant(kHi, c);
       for (int column = lane(); column < plan.u_cols; column += 32) {
@@ -165,7 +167,7 @@ struct FusedTile {
         u[task * plan.u_cols + column] = value;
       }
     }
-    for (int i = tid(); i < C * plan.g_rows * W; i += kFusedThreads) g[i] = 0.0f;
+    for (int i = tid(); i < C * plan.g_rows * W; i += kThreads) g[i] = 0.0f;
   }
 };
 

@@ -67,6 +67,8 @@ YOPO_DEVICE void st_stream(T* address, T value) {
   __stcs(address, value);
 }
 
+YOPO_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 YOPO_DEVICE void store_pair(float* address, float first, float second) {  // shared memory, 8-byte aligned
   *reinterpret_cast<float2*>(address) = make_float2(first, second);
 }

@@ -101,6 +101,8 @@ inline void st_stream(T* address, T value) {
   std::memcpy(address, &value, sizeof(T));
 }
 
+inline void prefetch(const void* address) { (void)*static_cast<const volatile char*>(address); }
+
 inline void store_pair(float* address, float first, float second) {
   if (reinterpret_cast<uintptr_t>(address) % 8 != 0) emulation::fail("a misaligned shared-memory store");
   address[0] = first;

@@ -32,7 +32,13 @@ def test_variants(update, variant, activation):
 def test_patches(update, layout, costate_dtype, steps):
     """One row and no column of pixels lies in no patch."""
     arguments = make_arguments(
-        **PATCHES, steps=steps, costate_layout=layout, x_layout=layout, costate_dtype=costate_dtype, per_channel=True, **AFFINE_PARTS
+        **PATCHES,
+        steps=steps,
+        costate_layout=layout,
+        x_layout=layout,
+        costate_dtype=costate_dtype,
+        per_channel=True,
+        **AFFINE_PARTS,
     )
     check_update(update, arguments)
 

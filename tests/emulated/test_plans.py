@@ -43,11 +43,12 @@ def test_common_stems_run_fast_everywhere(architecture, stem):
             assert plan["resident"]
 
 
-def test_two_blocks_of_the_cifar_stem_share_a_large_processor():
-    for stem in ("cifar", "cifar relu"):
-        with machine(processors=100):
-            plan = describe(make_arguments(**STEMS[stem], batch=256))
-        assert plan["blocks"][0] == 200
+@pytest.mark.parametrize(
+    ("stem", "blocks"), [("cifar", 100), ("cifar relu", 100), ("mnist", 200), ("tiny imagenet", 100)]
+)
+def test_blocks_fill_the_processors(stem, blocks):
+    with machine(processors=100):
+        assert describe(make_arguments(**{**STEMS[stem], "batch": 256, "need_output": False}))["blocks"][0] == blocks
 
 
 def test_every_row_has_a_reason():
