@@ -277,6 +277,27 @@ def test_hooks_on_the_first_layer_still_fire() -> None:
     assert seen == [(6, 6, 6, 5)] * 2
 
 
+@pytest.mark.filterwarnings("ignore:the first layer runs through autograd")
+def test_layers_called_with_keywords() -> None:
+    class Powered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, u: Tensor, power: float, negate: bool = False) -> Tensor:
+            return self.conv(input=u).tanh() ** power * (-1 if negate else 1)
+
+    model = Wired(lambda model, x: model.net.rest(model.net.first(x, 2.0, negate=True)))
+    model.net.first = Powered()
+    other = copy.deepcopy(model)
+    x, y, eta = batch(torch.float32)
+    options = {"outer_steps": 1, "gradient": "full", "init": eta, "bounds": None, "validate": False}
+    yopo_step(model, x, y, first_layer="net.first", **options)
+    F.cross_entropy(other(x + eta), y).backward()
+    for mine, theirs in zip(model.net.parameters(), other.net.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
 def test_opaque_layers_are_announced_once() -> None:
     model = network(lambda: Scaled(3, 6, 3), dtype=torch.float32)
     with pytest.warns(UserWarning, match="at eager speed: it is a Scaled"):

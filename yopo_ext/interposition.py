@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,13 +105,14 @@ class Interposition:
         whole = self.now.normalisation.then(self.inner).then(own)
         self.mean, self.std = list(whole.mean), list(whole.std)
 
-    def __call__(self, observed: Tensor) -> Tensor:
-        now = self.now
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        now, observed = self.now, input
         if not torch.compiler.is_compiling():
             self._observe(observed)
         if isinstance(self.plan, OpaqueLayer):
+            own = functools.partial(_call, self.original, args, kwargs) if args or kwargs else self.original
             layer = Opaque(
-                self.layer, self.original, self.plan.affine, self.mean, self.std, now.steps, now.threat, now.norm,
+                self.layer, own, self.plan.affine, self.mean, self.std, now.steps, now.threat, now.norm,
                 now.gradient_before, now.gradient_after, observed.shape, observed.dtype,
             )  # fmt: skip
             return opaque_node(layer, now.eta, now.x)
@@ -172,6 +174,10 @@ class Interposition:
         return FirstLayerNode.apply(carry, ready, *tensors, *settings)
 
 
+def _call(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], u: Tensor) -> Any:
+    return forward(u, *args, **kwargs)
+
+
 def _versions(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
 
@@ -217,7 +223,8 @@ class Discovery:
     def _watch(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         original = self.originals[layer]
 
-        def forward(observed: Tensor) -> Tensor:
+        def forward(input: Tensor) -> Tensor:
+            observed = input
             if self.found is None:
                 if self.now.normalisation_before(observed, Normalisation()) is None:
                     self.passed_over.append(f"{type(layer).__name__} on an input of shape {list(observed.shape)}")
