@@ -66,6 +66,8 @@ def test_metrics_after_a_resume(tmp_path):
         metrics.append({"epoch": epoch})
     with metrics.path.open("a") as file:
         file.write('{"epoch": 4, "lo')  # cut short by a kill
+    metrics.append({"epoch": 5})  # starts a line of its own
+    assert [r["epoch"] for r in metrics.read()] == [1, 2, 3, 5]
     metrics.keep_through(2)
     metrics.append({"epoch": 3, "again": True})
     records = [json.loads(line) for line in metrics.path.read_text().splitlines()]

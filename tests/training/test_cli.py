@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from yopo_ext.training.cli import main
 
@@ -128,3 +129,45 @@ def test_python_dash_m():
         [sys.executable, "-m", "yopo_ext", "train", "--help"], capture_output=True, text=True, check=True
     )
     assert "--outer-steps" in done.stdout
+
+
+def test_export_writes_the_tested_weights(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--method", "natural", "--ema", "0.5", "--out", str(out), *TOY]) == 0
+    for source in ("model.pt", "last.pt"):
+        assert main(["export", str(out / source), str(tmp_path / source), "--dry-run"]) == 0
+        assert not (tmp_path / source).exists()
+        assert main(["export", str(out / source), str(tmp_path / source)]) == 0
+    assert "10 tensors" in capsys.readouterr().out
+    averaged, again = (torch.load(tmp_path / name, weights_only=True) for name in ("model.pt", "last.pt"))
+    raw = torch.load(out / "last.pt", weights_only=True)["model"]
+    assert list(averaged) == list(raw)
+    assert all(torch.equal(averaged[name], again[name]) for name in averaged)
+    assert not torch.equal(averaged["first.0.weight"], raw["first.0.weight"])
+
+
+def test_compare_stops_on_time_and_goes_on(tmp_path, capsys):
+    out = tmp_path / "comparison"
+    arguments = [
+        "compare",
+        "--methods",
+        "natural,fgsm-rs",
+        "--seeds",
+        "0",
+        "--test-attacks",
+        "pgd-2",
+        "--out",
+        str(out),
+    ]
+    arguments += ["--resume", "auto", "--epochs", "2", "--batch-size", "200", "--validation-steps", "1"]
+    calls = 1
+    while (status := main([*arguments, "--stop-after", "0.2"])) == 75:
+        assert not (out / "comparison.json").exists()
+        calls += 1
+        assert calls < 100
+    assert status == 0
+    assert calls > 1
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    table = (out / "comparison.txt").read_text()
+    assert main(arguments) == 0  # nothing is run again
+    assert (out / "comparison.txt").read_text() == table

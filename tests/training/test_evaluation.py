@@ -1,10 +1,12 @@
+import time
+
 import pytest
 import torch
 from torch import nn
 
 from yopo_ext.training.adversaries import PgdAttack, parse_attack, passes
 from yopo_ext.training.data import Split
-from yopo_ext.training.evaluation import evaluate, true_fp32
+from yopo_ext.training.evaluation import evaluate, evaluate_in_parts, true_fp32
 from yopo_ext.training.methods import ThreatModel
 
 THREAT = ThreatModel(0.1)
@@ -93,3 +95,32 @@ def test_fp32_is_fp32_inside_the_block_only():
         assert convolution.fp32_precision == "tf32"
     finally:
         convolution.fp32_precision = before
+
+
+def test_an_evaluation_in_parts_ends_like_a_whole_one(few_digits, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    tried = [PgdAttack(3), PgdAttack(2, 2, "margin")]
+    whole = evaluate(model, few_digits.test, THREAT, tried, batch_size=15)
+    journal = tmp_path / "evaluation.jsonl"
+
+    def part(deadline, model=model):
+        return evaluate_in_parts(
+            model, few_digits.test, THREAT, tried, batch_size=15, journal=journal, deadline=deadline
+        )
+
+    assert part(time.monotonic() - 1.0) is None
+    calls = []
+    hook = model.register_forward_hook(lambda *_: calls.append(1) if len(calls) < 7 else pytest.fail("stop"))
+    with pytest.raises(pytest.fail.Exception):  # a run that dies in the middle
+        part(None)
+    hook.remove()
+    with journal.open("a") as file:
+        file.write('{"fingerprint": "cut sh')
+    written = journal.read_text()
+    assert part(None) == whole
+    assert journal.read_text().startswith(written)
+    model.register_forward_hook(lambda *_: pytest.fail("nothing is left to run"))
+    assert part(time.monotonic() - 1.0) == whole
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert part(time.monotonic() - 1.0, other) is None  # other weights share nothing

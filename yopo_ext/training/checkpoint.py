@@ -39,6 +39,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line, on a line of its own even if a kill cut the last one short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write((json.dumps(record) + "\n").encode())
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, text, containers of them) atomically."""
     write_atomically(path, lambda file: torch.save(state, file))
@@ -78,8 +89,7 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.path, record)
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole record."""

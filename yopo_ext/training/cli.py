@@ -1,4 +1,4 @@
-"""The command line: `yopo-ext train | evaluate | compare`."""
+"""The command line: `yopo-ext train | evaluate | compare | export`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 from jsonargparse.typing import register_type
 
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     given = parser.parse_args(None if arguments is None else list(arguments))
     command = given.subcommand
-    prepare = {"train": _train, "evaluate": _evaluate, "compare": _compare}[command]
+    prepare = {"train": _train, "evaluate": _evaluate, "compare": _compare, "export": _export}[command]
     try:
         job = prepare(given[command])
     except (ValueError, TypeError, FileNotFoundError) as error:
@@ -90,6 +91,11 @@ def make_parser() -> ArgumentParser:
     evaluate.add_argument("checkpoint", type=str, help="model.pt or last.pt of a run")
     _add_options(evaluate, EvaluateConfig, skip=("checkpoint",))
     commands.add_subcommand("evaluate", evaluate, help="attack a trained model")
+
+    export = _command("Write a trained model's weights as a plain state_dict, with the keys RobustBench uses.")
+    export.add_argument("checkpoint", type=str, help="model.pt or last.pt of a run")
+    export.add_argument("file", type=str, help="where to write them, for torch.load")
+    commands.add_subcommand("export", export, help="write a state_dict")
 
     compare = _command("Train several methods alike and test them alike.")
     _add_options(compare, CompareConfig, skip=("train",))
@@ -191,6 +197,22 @@ def _evaluate(given: Namespace) -> Job:
 
     def job() -> int:
         print(test.describe() if given.dry_run else test.run())
+        return 0
+
+    return job
+
+
+def _export(given: Namespace) -> Job:
+    from yopo_ext.training.checkpoint import load_checkpoint, tested_weights, write_atomically
+
+    state = load_checkpoint(Path(given.checkpoint))
+    weights, target = tested_weights(state), Path(given.file)
+
+    def job() -> int:
+        if not given.dry_run:
+            write_atomically(target, lambda file: torch.save(weights, file))
+        size = sum(value.numel() for value in weights.values())
+        print(f"{len(weights)} tensors, {size} numbers of {state['config']['model']}: {target}")
         return 0
 
     return job

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from yopo_ext.training.config import CompareConfig, TrainConfig, resolve
 from yopo_ext.training.data import Dataset
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
-from yopo_ext.training.evaluation import evaluate
+from yopo_ext.training.evaluation import evaluate_in_parts
 from yopo_ext.training.report import Row, save_plot, table
 from yopo_ext.training.trainer import Trainer
 
@@ -74,7 +73,7 @@ class Comparison:
         for run in self.runs:
             record = self.done.get((run.method, run.seed))
             if record is None:
-                record = run_and_test(run, self.dataset, self.config.test_attacks, deadline, shown=self.shown)
+                record = run_and_test(run, self.config, self.dataset, deadline, shown=self.shown)
                 if record is None:
                     return None
                 if self.metrics is not None:
@@ -96,15 +95,25 @@ class Comparison:
 
 
 def run_and_test(
-    run: TrainConfig, dataset: Dataset, test_attacks: Sequence[str], deadline: float | None, *, shown: bool = True
+    run: TrainConfig, config: CompareConfig, dataset: Dataset, deadline: float | None, *, shown: bool = True
 ) -> dict[str, Any] | None:
     """Train once and attack the selected weights on the test split; None if the deadline passed before."""
     trainer = Trainer(run, dataset=dataset, shown=shown)
     result = trainer.fit(deadline)
     if result is None:
         return None
-    attacks = [parse_attack(a) for a in test_attacks]
-    found = evaluate(result.network, result.dataset.test, trainer.learner.threat, attacks, seed=run.seed)
+    attacks = [parse_attack(a) for a in config.test_attacks]
+    found = evaluate_in_parts(
+        result.network,
+        result.dataset.test.first(config.test_samples),
+        trainer.learner.threat,
+        attacks,
+        seed=run.seed,
+        journal=None if run.out is None else Path(run.out) / "evaluation.jsonl",
+        deadline=deadline,
+    )
+    if found is None:
+        return None
     cost = result.method.cost()
     samples = trainer.at.batches * trainer.source.batch_size * trainer.fabric.world_size
     cuda = trainer.device.type == "cuda"
@@ -113,6 +122,7 @@ def run_and_test(
         "seed": run.seed,
         "clean": found.clean,
         "robust": found.robust,
+        "worst": found.worst,
         "test_samples": found.samples,
         "seconds": result.seconds,
         "updates": result.updates,

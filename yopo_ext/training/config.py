@@ -196,4 +196,5 @@ class CompareConfig:
     test_attacks: tuple[str, ...] = option(
         ("pgd-20",), "attacks on the test split, comma separated: pgd-STEPS[-RESTARTS]"
     )
+    test_samples: int | None = option(None, "only the first so many test samples")
     train: TrainConfig = field(default_factory=TrainConfig)

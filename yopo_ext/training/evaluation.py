@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +17,7 @@ from torch import Tensor, nn
 
 from yopo_ext.modes import evaluating
 from yopo_ext.training.adversaries import Attack, pixel_model
+from yopo_ext.training.checkpoint import append_line
 from yopo_ext.training.data import Split, mix_seed
 from yopo_ext.training.methods.base import ThreatModel
 
@@ -43,6 +49,31 @@ class Evaluation:
         return {"samples": self.samples, "clean": self.clean, **self.robust, "worst": self.worst}
 
 
+class Journal:
+    """Which samples survived which attack, one line per batch in a file, so that a long evaluation can be gone on with.
+
+    Lines count only for the same weights, samples, attacks and seed, which `fingerprint` stands for.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self.known: dict[tuple[str, int], str] = {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with suppress(ValueError):  # a line that a kill cut short
+                record = json.loads(line)
+                if record["fingerprint"] == fingerprint:
+                    self.known[record["attack"], record["batch"]] = record["correct"]
+
+    def get(self, attack: str, batch: int) -> Tensor | None:
+        found = self.known.get((attack, batch))
+        return None if found is None else torch.tensor([digit == "1" for digit in found])
+
+    def put(self, attack: str, batch: int, correct: Tensor) -> None:
+        text = "".join("1" if value else "0" for value in correct.tolist())
+        record = {"fingerprint": self.fingerprint, "attack": attack, "batch": batch, "correct": text}
+        append_line(self.path, record)
+
+
 def evaluate(
     model: nn.Module,
     split: Split,
@@ -56,23 +87,55 @@ def evaluate(
 
     The random starts depend on `seed`, the attack and the batch alone.
     """
-    device = split.labels.device
-    generator = torch.Generator(device)
-    correct: dict[str, list[Tensor]] = {name: [] for name in ("clean", *(a.name for a in attack_list), "worst")}
+    found = evaluate_in_parts(model, split, threat, attack_list, seed=seed, batch_size=batch_size)
+    assert found is not None
+    return found
+
+
+def evaluate_in_parts(
+    model: nn.Module,
+    split: Split,
+    threat: ThreatModel,
+    attack_list: Sequence[Attack],
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    journal: Path | None = None,
+    deadline: float | None = None,
+) -> Evaluation | None:
+    """`evaluate`, with finished batches kept in the file `journal`; None once `time.monotonic()` passes `deadline`."""
+    notes = None if journal is None else Journal(journal, fingerprint(model, split, threat, seed, batch_size))
+    generator = torch.Generator(split.labels.device)
+    correct: dict[str, list[Tensor]] = {name: [] for name in ("clean", *(a.name for a in attack_list))}
     with evaluating(model), true_fp32():
-        for number, start in enumerate(range(0, len(split), batch_size)):
-            part = slice(start, start + batch_size)
-            x, y = split.x(part), split.labels[part]
-            worst = is_correct(model, x, y, threat)
-            correct["clean"].append(worst)
-            for kind, attack in enumerate(attack_list):
-                generator.manual_seed(mix_seed(seed, kind, number))
-                survived = is_correct(model, x + attack(model, x, y, threat, generator), y, threat)
-                correct[attack.name].append(survived)
-                worst = worst & survived
-            correct["worst"].append(worst)
-    accuracy = {name: 100.0 * torch.cat(parts).double().mean().item() for name, parts in correct.items()}
-    return Evaluation(len(split), accuracy.pop("clean"), worst=accuracy.pop("worst"), robust=accuracy)
+        for attack in (None, *attack_list):
+            name = "clean" if attack is None else attack.name
+            for number, start in enumerate(range(0, len(split), batch_size)):
+                survived = None if notes is None else notes.get(name, number)
+                if survived is None:
+                    if deadline is not None and time.monotonic() > deadline:
+                        return None
+                    part = slice(start, start + batch_size)
+                    x, y = split.x(part), split.labels[part]
+                    if attack is not None:
+                        generator.manual_seed(mix_seed(seed, zlib.crc32(name.encode()), number))
+                        x = x + attack(model, x, y, threat, generator)
+                    survived = is_correct(model, x, y, threat).cpu()
+                    if notes is not None:
+                        notes.put(name, number, survived)
+                correct[name].append(survived)
+    whole = {name: torch.cat(parts).double() for name, parts in correct.items()}
+    accuracy = {name: 100.0 * values.mean().item() for name, values in whole.items()}
+    worst = 100.0 * torch.stack(list(whole.values())).amin(0).mean().item()
+    return Evaluation(len(split), accuracy.pop("clean"), accuracy, worst)
+
+
+def fingerprint(model: nn.Module, split: Split, threat: ThreatModel, seed: int, batch_size: int) -> str:
+    """A short text that changes with anything an accuracy depends on, the attack aside."""
+    digest = hashlib.sha256(repr((threat, seed, batch_size)).encode())
+    for values in (*model.state_dict().values(), split.images, split.labels):
+        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import nn
+
+from yopo_ext.training.config import TrainConfig
+from yopo_ext.training.models import MODELS, ModelEntry
+from yopo_ext.training.trainer import Trainer
+
+
+@pytest.fixture
+def net_with_norm(monkeypatch):
+    """A registered model with BatchNorm, for 8x8 images."""
+
+    def build(channels, classes):
+        return nn.Sequential(
+            nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, classes)
+        )
+
+    monkeypatch.setitem(MODELS, "norm-net", ModelEntry(build))
+    return "norm-net"
+
+
+def test_average_follows_weights_and_statistics(few_digits, net_with_norm):
+    config = TrainConfig(method="natural", model=net_with_norm, ema=0.5, batch_size=40)
+    trainer = Trainer(config, dataset=few_digits, shown=False)
+    learner = trainer.learner
+    expected = None
+    for number, batch in enumerate(trainer.source.epoch(0)):
+        learner.step(batch, number, lr=0.1)
+        now = {name: value.clone() for name, value in learner.module.state_dict().items()}
+        # torch.optim.swa_utils starts the average at the first weights it sees.
+        expected = now if expected is None else {name: 0.5 * expected[name] + 0.5 * now[name] for name in now}
+    found = learner.result.state_dict()
+    assert learner.result is not learner.module
+    for name in ("0.weight", "1.weight", "1.running_mean", "1.running_var", "4.bias"):
+        torch.testing.assert_close(found[name], expected[name])
+        assert not torch.equal(found[name], learner.module.state_dict()[name])
+
+
+def test_the_averaged_model_is_what_is_validated_and_returned(few_digits, net_with_norm):
+    config = TrainConfig(method="natural", model=net_with_norm, ema=0.999, epochs=2)
+    trainer = Trainer(config, dataset=few_digits, shown=False)
+    network = trainer.fit().network
+    assert network is trainer.learner.result
+    assert not network.training
+    assert trainer.learner.module.training
+
+
+def test_clipping_bounds_the_step(few_digits):
+    config = TrainConfig(method="natural", clip=1e-3, momentum=0.0, weight_decay=0.0)
+    trainer = Trainer(config, dataset=few_digits, shown=False)
+    before = [p.clone() for p in trainer.learner.module.parameters()]
+    trainer.learner.step(next(trainer.source.epoch(0)), 0, lr=1.0)
+    moved = torch.cat([(p - q).flatten() for p, q in zip(trainer.learner.module.parameters(), before, strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["pgd-2", "fgsm-mep", "trades-2", "yopo-2-2", "trades-yopo-2-2"])
+def test_channels_last_gives_the_same_step(few_digits, net_with_norm, method):
+    losses = []
+    for channels_last in (False, True):
+        config = TrainConfig(method=method, model=net_with_norm, channels_last=channels_last)
+        trainer = Trainer(config, dataset=few_digits, shown=False)
+        losses.append(trainer.learner.step(next(trainer.source.epoch(0)), 0, lr=0.1).loss)
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["pgd-2", "free-2", "fgsm-mep", "trades-2", "yopo-2-2", "trades-yopo-2-2"])
+def test_bf16(few_digits, net_with_norm, method):
+    config = TrainConfig(method=method, model=net_with_norm, precision="bf16-mixed")
+    trainer = Trainer(config, dataset=few_digits, shown=False)
+    for number, batch in enumerate(trainer.source.epoch(0)):
+        outcome = trainer.learner.step(batch, number, lr=0.1)
+    assert outcome.loss.isfinite()
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.learner.module.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pgd-2", "yopo-2-2"])
+def test_compile_gives_the_same_step(few_digits, net_with_norm, method):
+    losses = []
+    for compile in (False, True):
+        config = TrainConfig(method=method, model=net_with_norm, compile=compile)
+        trainer = Trainer(config, dataset=few_digits, shown=False)
+        losses.append(trainer.learner.step(next(trainer.source.epoch(0)), 0, lr=0.1).loss)
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_method_keeps_starts_in_the_ball_and_changes(few_digits):
+    trainer = Trainer(TrainConfig(method="yopo-1-2:persist"), dataset=few_digits, shown=False)
+    kept = trainer.learner.kept["perturbation"].values
+    x = trainer.dataset.train.x()
+    before = kept.clone()
+    batch = next(trainer.source.epoch(0))
+    trainer.learner.step(batch, 0, lr=0.1)
+    changed = (kept != before).flatten(1).any(1)
+    assert torch.equal(changed.nonzero().squeeze(1), batch.index.sort().values)
+    for perturbations in (before, kept):
+        assert perturbations.abs().max() <= torch.tensor(0.15)
+        assert ((x + perturbations) >= -1e-6).all()
+    momentum = Trainer(TrainConfig(method="fgsm-mep"), dataset=few_digits, shown=False).learner.kept["momentum"]
+    assert not momentum.values.any()
+
+
+@pytest.mark.parametrize(("pgd", "train", "alarmed"), [(10.0, 90.0, True), (45.0, 90.0, False), (10.0, 20.0, False)])
+def test_alarm_on_catastrophic_overfitting(few_digits, pgd, train, alarmed):
+    trainer = Trainer(TrainConfig(method="fgsm-rs"), dataset=few_digits, shown=False)
+    record = {"validation_pgd": pgd, "train_accuracy": train}
+    assert not trainer._overfits(record)  # nothing to compare with yet
+    trainer.at.curve = [(1.0, 30.0), (2.0, 50.0)]
+    assert trainer._overfits(record) is alarmed
