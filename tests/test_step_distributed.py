@@ -86,6 +86,25 @@ def check_batch_norm(rank: int) -> dict[str, object]:
     }
 
 
+def check_compiled(rank: int) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for order in ("compiled inside", "compiled outside"):
+        model, count = without_batch_norm("conv"), Count()
+        if order == "compiled inside":
+            parallel = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+            parallel.register_comm_hook(count, counted)
+            wrapped: nn.Module = parallel
+        else:
+            parallel = DistributedDataParallel(model)
+            parallel.register_comm_hook(count, counted)
+            wrapped = torch.compile(parallel, backend="aot_eager")
+        for _ in range(2):
+            model.zero_grad()
+            result = step(wrapped, rank)
+        found[order] = [p.grad for p in model.parameters()], result.perturbation, count.reductions
+    return found
+
+
 def check_nonfinite(rank: int) -> dict[str, object]:
     """One process meets a NaN; both must leave the batch out."""
     model = without_batch_norm("conv")
@@ -137,7 +156,7 @@ def check_fabric(rank: int) -> dict[str, object]:
     return found
 
 
-CHECKS = (check_plain, check_batch_norm, check_nonfinite, check_fabric)
+CHECKS = (check_plain, check_compiled, check_batch_norm, check_nonfinite, check_fabric)
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -178,6 +197,17 @@ def test_two_processes_equal_one_and_reduce_once(processes: list[dict]) -> None:
             for mine, expected in zip(process[stem][0], model.parameters(), strict=True):
                 torch.testing.assert_close(mine, expected.grad)
         torch.testing.assert_close(torch.cat([process[stem][1] for process in found]), perturbation)
+
+
+@pytest.mark.parametrize("order", ["compiled inside", "compiled outside"])
+def test_compiled_model_over_two_processes(processes: list[dict], order: str) -> None:
+    found = [process["check_compiled"][order] for process in processes]
+    model, perturbation = whole("conv")
+    for gradients, _, reductions in found:
+        assert reductions == 2  # of two steps
+        for mine, expected in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(mine, expected.grad)
+    torch.testing.assert_close(torch.cat([process[1] for process in found]), perturbation)
 
 
 def test_batch_norm_buffers_and_two_forwards_before_one_backward(processes: list[dict]) -> None:
