@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from yopo_ext.training import cli
+from yopo_ext.training.config import resolve
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+
+
+def configurations(recipe, monkeypatch):
+    """What a recipe would run, resolved."""
+    compares = "methods:" in recipe.read_text()
+    command = "compare" if compares else "train"
+    runs = []
+    monkeypatch.setattr(cli, "_plan", lambda found, *_: runs.extend(found) or (lambda: 0))
+    assert cli.main([command, "--config", str(recipe), "--out", "somewhere", "--dry-run"]) == 0
+    return runs
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=[str(r.relative_to(FOLDER)) for r in RECIPES])
+def test_every_recipe_can_be_run(recipe, monkeypatch):
+    runs = configurations(recipe, monkeypatch)
+    assert runs
+    for run in runs:
+        assert resolve(run)[0] == run
+
+
+def test_released_schedule_drops_where_the_paper_says(monkeypatch):
+    (run,) = configurations(FOLDER / "released" / "cifar10-preactresnet18-yopo-5-3.yaml", monkeypatch)
+    assert run.milestones == (30 / 36, 34 / 36)
+    assert run.method == "yopo-5-3:step-size=0.00784313725490196:gradient=released"
+
+
+def test_the_gpu_comparison_names_every_method(monkeypatch):
+    from yopo_ext.training.methods import METHODS, parse
+
+    runs = configurations(FOLDER / "bench-training-gpu.yaml", monkeypatch)
+    assert {parse(run.method).name for run in runs} == set(METHODS)
+    assert all(run.stop_after == 480 and run.resume == "auto" for run in runs)
