@@ -27,8 +27,8 @@ int64_t first_layer_update_cuda_workspace(const Params& params);
 Status first_layer_update_cuda(const Params& params, void* workspace, CudaStream stream);
 const char* cuda_variant(const Params& params);  // the row of the tuning table that would run
 
-// Patch embeddings (kernel == stride, large): matrix products that layer 2 leaves to the library, and the kernels between
-// them, over matrices that are contiguous and of one dtype, except the costate's sums, which are fp32.
+// Patch embeddings (kernel == stride, large): matrix products that layer 2 leaves to the library, and the kernels
+// between them, over matrices that are contiguous and of one dtype, except the costate's sums, which are fp32.
 struct PatchMatrices {
   DType dtype;
   void* weight;              // [K, C * R * S]

@@ -1,9 +1,10 @@
 // Layer 0. A convolution of any stride, padding and dilation as stride-1 arithmetic on flat planes.
 //
-// The padded input is split into stride[0] x stride[1] phase planes: plane (a, b) holds the padded pixels (i * stride[0] + a,
-// j * stride[1] + b) at flat index i * row_stride + j. The output uses the same row_stride, so tap (r, s) reads, for the
-// output at flat index q, its plane at q + offset: one constant per tap and no rows in the inner loops. Columns of the
-// output plane beyond out_width exist only to make that true; they must hold zeros wherever gradients are summed.
+// The padded input is split into stride[0] x stride[1] phase planes: plane (a, b) holds the padded pixels (i *
+// stride[0] + a, j * stride[1] + b) at flat index i * row_stride + j. The output uses the same row_stride, so tap (r,
+// s) reads, for the output at flat index q, its plane at q + offset: one constant per tap and no rows in the inner
+// loops. Columns of the output plane beyond out_width exist only to make that true; they must hold zeros wherever
+// gradients are summed.
 #pragma once
 
 #include <algorithm>
@@ -27,11 +28,11 @@ struct Phase {
 };
 
 struct Geometry {
-  int64_t row_stride;    // of every plane
-  int64_t plane_rows;    // of an input plane
-  int64_t out_size;      // out_height * row_stride
-  int64_t halo;          // the largest offset
-  std::vector<Tap> taps;  // sorted by phase
+  int64_t row_stride;         // of every plane
+  int64_t plane_rows;         // of an input plane
+  int64_t out_size;           // out_height * row_stride
+  int64_t halo;               // the largest offset
+  std::vector<Tap> taps;      // sorted by phase
   std::vector<Phase> phases;  // only those some tap reads
 
   explicit Geometry(const Params& p) {
@@ -54,8 +55,7 @@ struct Geometry {
     plane_rows = p.out_height + last_row;
     out_size = p.out_height * row_stride;
     halo = last_row * row_stride + last_col;
-    for (Tap& t : taps)
-      t.offset = t.r * p.dilation[0] / p.stride[0] * row_stride + t.s * p.dilation[1] / p.stride[1];
+    for (Tap& t : taps) t.offset = t.r * p.dilation[0] / p.stride[0] * row_stride + t.s * p.dilation[1] / p.stride[1];
   }
 };
 

@@ -38,9 +38,13 @@ YOPO_HD float widen(Float16 v) {
 template <class To>
 YOPO_HD To narrow(float v);
 template <>
-YOPO_HD float narrow<float>(float v) { return v; }
+YOPO_HD float narrow<float>(float v) {
+  return v;
+}
 template <>
-YOPO_HD double narrow<double>(float v) { return static_cast<double>(v); }
+YOPO_HD double narrow<double>(float v) {
+  return static_cast<double>(v);
+}
 template <>
 YOPO_HD BFloat16 narrow<BFloat16>(float v) {  // to nearest, ties to even
   const uint32_t u = bit_cast<uint32_t>(v);

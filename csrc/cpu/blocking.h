@@ -15,8 +15,8 @@ struct Blocking {
 };
 
 #if YOPO_REGISTERS == 32
-// 24 accumulators leave room for 4 broadcast weights (or 4 costate vectors) and the streamed operand, and cover two FMAs a
-// cycle at a latency of 4 three times over; 4 x 6 needs 10 loads for 24 FMAs.
+// 24 accumulators leave room for 4 broadcast weights (or 4 costate vectors) and the streamed operand, and cover two
+// FMAs a cycle at a latency of 4 three times over; 4 x 6 needs 10 loads for 24 FMAs.
 inline constexpr Blocking kBlocking{24, 4, 4, 6, 4, 6};
 #else
 // 12 of 16 registers accumulate: 3 broadcasts and one streamed operand remain.

@@ -25,7 +25,9 @@ struct Isa {
 // The widest that this processor runs; YOPO_EXT_ISA names another one (for tests and measurements).
 Isa choose_isa() {
   const char* forced = std::getenv("YOPO_EXT_ISA");
-  [[maybe_unused]] const auto allowed = [&](const char* name) { return forced == nullptr || std::strcmp(forced, name) == 0; };
+  [[maybe_unused]] const auto allowed = [&](const char* name) {
+    return forced == nullptr || std::strcmp(forced, name) == 0;
+  };
 #if defined(YOPO_HAVE_AVX512)
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))

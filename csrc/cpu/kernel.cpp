@@ -1,14 +1,14 @@
 // Layer 1, CPU. One instruction set's kernel; CMakeLists.txt compiles this file once per row of its table.
+#include "cpu/kernel.h"
+
 #include <type_traits>
 
-#include "cpu/kernel.h"
 #include "cpu/scratch.h"
 #include "cpu/update.h"
 
 namespace yopo::YOPO_ISA {
 
 namespace {
-
 
 template <class T>
 Status update(const Params& params, const Geometry& geometry, const ThreadPool& pool, SharedBuffer buffer) {
@@ -22,15 +22,18 @@ Status update(const Params& params, const Geometry& geometry, const ThreadPool& 
     const Update<T>* job;
     bool failed;
   } context{&job, false};
-  pool.parallel_for(job.tasks(), [](int64_t begin, int64_t end, void* opaque) {
-    auto* context = static_cast<Context*>(opaque);
-    void* scratch = thread_scratch(context->job->scratch_bytes());
-    if (scratch == nullptr) {
-      __atomic_store_n(&context->failed, true, __ATOMIC_RELAXED);
-      return;
-    }
-    context->job->run(begin, end, scratch);
-  }, &context);
+  pool.parallel_for(
+      job.tasks(),
+      [](int64_t begin, int64_t end, void* opaque) {
+        auto* context = static_cast<Context*>(opaque);
+        void* scratch = thread_scratch(context->job->scratch_bytes());
+        if (scratch == nullptr) {
+          __atomic_store_n(&context->failed, true, __ATOMIC_RELAXED);
+          return;
+        }
+        context->job->run(begin, end, scratch);
+      },
+      &context);
   if (context.failed) return {"out of memory"};
   job.finish();
   return {};

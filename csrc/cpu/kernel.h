@@ -8,9 +8,10 @@ namespace yopo {
 
 using SharedBuffer = void* (*)(size_t bytes);  // memory for one call, freed by the dispatcher; null if there is none
 
-#define YOPO_DECLARE_KERNEL(isa)                                                                          \
-  namespace isa {                                                                                         \
-  Status first_layer_update(const Params& params, const Geometry& geometry, const ThreadPool& pool, SharedBuffer buffer); \
+#define YOPO_DECLARE_KERNEL(isa)                                                                    \
+  namespace isa {                                                                                   \
+  Status first_layer_update(const Params& params, const Geometry& geometry, const ThreadPool& pool, \
+                            SharedBuffer buffer);                                                   \
   }
 YOPO_DECLARE_KERNEL(baseline)
 YOPO_DECLARE_KERNEL(avx2)

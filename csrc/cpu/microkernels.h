@@ -1,14 +1,15 @@
 // Layer 1, CPU. The three contractions of a convolution on flat planes (core/geometry.h), blocked over registers.
 //
-// Each is `acc[i][v] += w[i] * stream[v]` in a different guise; the loops over blocks pick the widest instantiation that fits
-// and finish with narrower ones.
+// Each is `acc[i][v] += w[i] * stream[v]` in a different guise; the loops over blocks pick the widest instantiation
+// that fits and finish with narrower ones.
 #pragma once
 
 #include "cpu/blocking.h"
 
 namespace yopo::YOPO_ISA {
 
-// Runtime block width to template argument. Usage: with_width<4>(n, [&](auto width) { f<T, decltype(width)::value>(...); });
+// Runtime block width to template argument. Usage: with_width<4>(n, [&](auto width) { f<T,
+// decltype(width)::value>(...); });
 template <int N>
 struct Width {
   static constexpr int value = N;
@@ -21,7 +22,8 @@ YOPO_HD void with_width(int64_t n, const F& f) {
   f(Width<Max>{});
 }
 
-// 1) Input gradient: g[c][i] += sum over k, taps of weight[k][tap][c] * p[k][i - offset[tap]], for C channels and V vectors.
+// 1) Input gradient: g[c][i] += sum over k, taps of weight[k][tap][c] * p[k][i - offset[tap]], for C channels and V
+// vectors.
 template <class T, int C, int V>
 YOPO_HD void dgrad_tile(const T* p, int64_t p_stride, int64_t kernels, const int64_t* offsets, int64_t taps,
                         const T* weight, T* g, int64_t g_stride) {
@@ -61,7 +63,8 @@ void dgrad(const T* p, int64_t p_stride, int64_t kernels, const int64_t* offsets
   for (; i < end; i += kStep) dgrad_tile<T, C, 1>(p + i, p_stride, kernels, offsets, taps, weight, g + i, g_stride);
 }
 
-// 1b) The same for one channel and a dense 3 x 3 kernel. With one channel every loaded costate vector would feed one FMA;
+// 1b) The same for one channel and a dense 3 x 3 kernel. With one channel every loaded costate vector would feed one
+// FMA;
 //     here J rows of the plane share it across the kernel's rows. Only `width` columns of the last vectors are stored.
 template <class T, int J, int V>
 YOPO_HD void dgrad_rows_tile(const T* p, int64_t p_stride, int64_t kernels, int64_t row_stride, const T* weight, T* g,
@@ -176,7 +179,8 @@ struct MaskCostateByRelu {
   }
 };
 
-// 3) Weight gradient: sums[k][tap][lane] += p[k][q] * u[q + offset[tap]] over all q; lanes stay apart (see the task loop).
+// 3) Weight gradient: sums[k][tap][lane] += p[k][q] * u[q + offset[tap]] over all q; lanes stay apart (see the task
+// loop).
 template <class T, int K, int N>
 YOPO_HD void wgrad_tile(const T* p, int64_t p_stride, const T* u, const int64_t* offsets, int64_t size, T* sums,
                         int64_t sums_stride) {

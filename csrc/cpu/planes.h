@@ -7,11 +7,12 @@
 #include "core/narrow.h"
 #include "core/params.h"
 #include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 namespace yopo::YOPO_ISA {
 
-// Where real pixels lie in an input plane: rows [row_begin, row_end), and for row i pixels (h, w0 + j * step) at columns
-// [col_begin, col_end).
+// Where real pixels lie in an input plane: rows [row_begin, row_end), and for row i pixels (h, w0 + j * step) at
+// columns [col_begin, col_end).
 struct PlaneWindow {
   int64_t row_begin, row_end, col_begin, col_end;
 };
@@ -81,26 +82,13 @@ void scatter_image(const Params& p, const T* from, T* to, const int64_t* strides
 template <class T, class P>
 void gather_costate(const Params& p, const P* from, const int64_t* strides, int64_t kernels, int64_t row_stride, T* out,
                     int64_t out_stride) {
-  if (strides[1] == 1 && strides[3] != 1) {  // channels_last: read whole pixels, write 16 planes at a time
-    constexpr int64_t kTile = 16;
-    for (int64_t k0 = 0; k0 < kernels; k0 += kTile) {
-      const int64_t width = kernels - k0 < kTile ? kernels - k0 : kTile;
-      for (int64_t h = 0; h < p.out_height; ++h) {
-        const P* row = from + k0 + h * strides[2];
-        T* to = out + k0 * out_stride + h * row_stride;
-        if (width == kTile) {
-          for (int64_t w = 0; w < p.out_width; ++w)
-#pragma GCC unroll 16
-            for (int64_t k = 0; k < kTile; ++k) to[k * out_stride + w] = static_cast<T>(widen(row[w * strides[3] + k]));
-        } else {
-          for (int64_t w = 0; w < p.out_width; ++w)
-            for (int64_t k = 0; k < width; ++k) to[k * out_stride + w] = static_cast<T>(widen(row[w * strides[3] + k]));
-        }
-      }
-    }
-    return;
-  }
-  for (int64_t k = 0; k < kernels; ++k)
+  int64_t k = 0;
+  if (strides[1] == 1 && p.out_width >= kLanes<T>)  // channels_last: whole pixels
+    for (; k + kLanes<T> <= kernels; k += kLanes<T>)
+      for (int64_t h = 0; h < p.out_height; ++h)
+        pixels_to_planes(from + k + h * strides[2], strides[3], p.out_width, out + k * out_stride + h * row_stride,
+                         out_stride);
+  for (; k < kernels; ++k)
     for (int64_t h = 0; h < p.out_height; ++h) {
       const P* row = from + k * strides[1] + h * strides[2];
       T* to = out + k * out_stride + h * row_stride;
@@ -115,16 +103,13 @@ void gather_costate(const Params& p, const P* from, const int64_t* strides, int6
 template <class T, class P>
 void scatter_output(const Params& p, const T* from, int64_t from_stride, int64_t kernels, int64_t row_stride, P* to,
                     const int64_t* strides) {
-  if (strides[1] == 1 && strides[3] != 1) {  // channels_last: write whole runs of channels
-    for (int64_t h = 0; h < p.out_height; ++h)
-      for (int64_t w = 0; w < p.out_width; ++w) {
-        P* pixel = to + h * strides[2] + w * strides[3];
-        const T* source = from + h * row_stride + w;
-        for (int64_t k = 0; k < kernels; ++k) pixel[k] = narrow<P>(source[k * from_stride]);
-      }
-    return;
-  }
-  for (int64_t k = 0; k < kernels; ++k)
+  int64_t k = 0;
+  if (strides[1] == 1 && p.out_width >= kLanes<T>)  // channels_last: whole pixels
+    for (; k + kLanes<T> <= kernels; k += kLanes<T>)
+      for (int64_t h = 0; h < p.out_height; ++h)
+        planes_to_pixels(from + k * from_stride + h * row_stride, from_stride, p.out_width, to + k + h * strides[2],
+                         strides[3]);
+  for (; k < kernels; ++k)
     for (int64_t h = 0; h < p.out_height; ++h) {
       P* row = to + k * strides[1] + h * strides[2];
       const T* source = from + k * from_stride + h * row_stride;
@@ -140,10 +125,14 @@ void scatter_output(const Params& p, const T* from, int64_t from_stride, int64_t
 template <class F>
 YOPO_HD void with_costate_type(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(nullptr));
-    case DType::kFloat64: return f(static_cast<double*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat16: return f(static_cast<Float16*>(nullptr));
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Float16*>(nullptr));
   }
 }
 

@@ -5,7 +5,8 @@
 
 namespace yopo {
 
-// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until its next call; null if there is none.
+// At least `bytes` of 64-byte aligned memory that belongs to the calling thread until its next call; null if there is
+// none.
 void* thread_scratch(size_t bytes);
 
 }  // namespace yopo

@@ -1,6 +1,7 @@
 // Layer 1, CPU. Vectors through the compiler's vector extensions; one width per instruction set.
 //
-// Everything below namespace yopo::YOPO_ISA is compiled once per instruction set (see CMakeLists.txt), under distinct names.
+// Everything below namespace yopo::YOPO_ISA is compiled once per instruction set (see CMakeLists.txt), under distinct
+// names.
 #pragma once
 
 #include <cstdint>

@@ -38,7 +38,8 @@ void linf_steps(const Params& p, const T* x, const T* g, int64_t steps, bool fir
         a[i] = interval.a;
         b[i] = interval.b;
         step[i] = signed_step(gs[i], threat.step_size);
-        const T masked_step = signed_step(first ? masked(gs[i], e[i], interval.lower, interval.upper) : gs[i], threat.step_size);
+        const T masked_step =
+            signed_step(first ? masked(gs[i], e[i], interval.lower, interval.upper) : gs[i], threat.step_size);
         e[i] = project(e[i] + masked_step, a[i], b[i]);
       }
       for (int64_t k = 1; k < steps; ++k) {
@@ -54,8 +55,8 @@ void linf_steps(const Params& p, const T* x, const T* g, int64_t steps, bool fir
   }
 }
 
-// g / ||g||_2 into `direction`; false (and zeros) where that does not exist. Scaled by the largest magnitude, so that no
-// scale of g overflows or underflows.
+// g / ||g||_2 into `direction`; false (and zeros) where that does not exist. Scaled by the largest magnitude, so that
+// no scale of g overflows or underflows.
 template <class T>
 bool l2_direction(const T* g, int64_t n, T* direction) {
   T largest = 0;
@@ -106,7 +107,8 @@ void l2_project(const Params& p, const T* x, T* eta) {
   }
 }
 
-// `steps` L2 steps along a fixed gradient; the masked and the unmasked unit vector are kept apart. `scratch`: C*H*W elements.
+// `steps` L2 steps along a fixed gradient; the masked and the unmasked unit vector are kept apart. `scratch`: C*H*W
+// elements.
 template <class T>
 void l2_steps(const Params& p, const T* x, const T* g, int64_t steps, bool first, T* eta, T* scratch) {
   const int64_t pixels = p.height * p.width, n = p.channels * pixels;

@@ -101,7 +101,8 @@ class Update {
       if (!complete)
         with_costate_type(p.costate_dtype, [&](auto* type) {
           using P = std::remove_pointer_t<decltype(type)>;
-          const P* from = static_cast<const P*>(p.costate) + image * p.costate_strides[0] + kernel * p.costate_strides[1];
+          const P* from =
+              static_cast<const P*>(p.costate) + image * p.costate_strides[0] + kernel * p.costate_strides[1];
           gather_costate(p, from, p.costate_strides, count, update->geometry_.row_stride, to, update->l_.costate_plane);
         });
       return to;
@@ -115,9 +116,9 @@ class Update {
       if (complete || left <= 0 || strides[3] != 1 || strides[2] != p.out_width || strides[1] != plane) return {};
       const int64_t width = p.costate_dtype == DType::kFloat64 ? 8 : p.costate_dtype == DType::kFloat32 ? 4 : 2;
       const int64_t first = image * strides[0] + (kernel + count) * plane;
-      const int64_t turns = update->l_.pixels / (kBlocking.dgrad_accumulators * kLanes<T>) + 1;  // tiles of a gradient
-      return Prefetch(static_cast<const char*>(p.costate) + first * width, (left < count ? left : count) * plane * width,
-                      turns);
+      const int64_t turns = update->l_.pixels / (kBlocking.dgrad_accumulators * kLanes<T>)+1;  // tiles of a gradient
+      return Prefetch(static_cast<const char*>(p.costate) + first * width,
+                      (left < count ? left : count) * plane * width, turns);
     }
   };
 
@@ -136,23 +137,26 @@ class Update {
       const ChannelThreat<T> threat(p_, c);
       const T mean = p_.mean.present() ? static_cast<T>(p_.mean[c]) : T(0);
       const T std = p_.std.present() ? static_cast<T>(p_.std[c]) : T(1);
-      for_each_row(c, [&](T* row, int64_t from, int64_t step, int64_t count) {
-        const T *x = planes.x + from, *eta = planes.eta + from;
-        const auto fill = [&](int64_t stride) {
-          for (int64_t j = 0; j < count; ++j) {
-            const T u = x[j * stride] + eta[j * stride];
-            row[j] = ((clamped ? clamp(u, threat.lo, threat.hi) : u) - mean) / std;
-          }
-        };
-        const auto copy = [&](int64_t stride) {  // without normalisation: no division
-          for (int64_t j = 0; j < count; ++j) {
-            const T u = x[j * stride] + eta[j * stride];
-            row[j] = clamped ? clamp(u, threat.lo, threat.hi) : u;
-          }
-        };
-        if (p_.mean.present()) return fill(step);
-        step == 1 ? copy(1) : copy(step);
-      }, planes.input);
+      for_each_row(
+          c,
+          [&](T* row, int64_t from, int64_t step, int64_t count) {
+            const T *x = planes.x + from, *eta = planes.eta + from;
+            const auto fill = [&](int64_t stride) {
+              for (int64_t j = 0; j < count; ++j) {
+                const T u = x[j * stride] + eta[j * stride];
+                row[j] = ((clamped ? clamp(u, threat.lo, threat.hi) : u) - mean) / std;
+              }
+            };
+            const auto copy = [&](int64_t stride) {  // without normalisation: no division
+              for (int64_t j = 0; j < count; ++j) {
+                const T u = x[j * stride] + eta[j * stride];
+                row[j] = clamped ? clamp(u, threat.lo, threat.hi) : u;
+              }
+            };
+            if (p_.mean.present()) return fill(step);
+            step == 1 ? copy(1) : copy(step);
+          },
+          planes.input);
     }
   }
 
@@ -161,14 +165,17 @@ class Update {
       std::memset(planes.gradient, 0, static_cast<size_t>(l_.pixels) * sizeof(T));
     for (int64_t c = 0; c < p_.channels; ++c) {
       const T std = p_.std.present() ? static_cast<T>(p_.std[c]) : T(1);
-      for_each_row(c, [&](const T* row, int64_t to, int64_t step, int64_t count) {
-        T* g = planes.gradient + to;
-        if (step == 1 && !p_.std.present()) {
-          copy_row(row, g, count);
-        } else {
-          for (int64_t j = 0; j < count; ++j) g[j * step] = row[j] / std;
-        }
-      }, planes.input_gradient);
+      for_each_row(
+          c,
+          [&](const T* row, int64_t to, int64_t step, int64_t count) {
+            T* g = planes.gradient + to;
+            if (step == 1 && !p_.std.present()) {
+              copy_row(row, g, count);
+            } else {
+              for (int64_t j = 0; j < count; ++j) g[j * step] = row[j] / std;
+            }
+          },
+          planes.input_gradient);
     }
   }
 
@@ -189,15 +196,14 @@ class Update {
   }
 
   void clear_gradient(ImagePlanes<T>& planes) const {
-    std::memset(planes.input_gradient, 0,
-                static_cast<size_t>(p_.channels * l_.phases * l_.input_plane) * sizeof(T));
+    std::memset(planes.input_gradient, 0, static_cast<size_t>(p_.channels * l_.phases * l_.input_plane) * sizeof(T));
   }
 
   // Whether rows fill vectors well enough to be worked on one by one (see dgrad_rows).
   bool dense_rows_3x3() const {
     const int64_t padded = round_up(geometry_.row_stride, kLanes<T>);
-    return 4 * geometry_.row_stride >= 3 * padded && p_.rows == 3 && p_.cols == 3 && p_.stride[0] == 1 && p_.stride[1] == 1 && p_.dilation[0] == 1 &&
-           p_.dilation[1] == 1;
+    return 4 * geometry_.row_stride >= 3 * padded && p_.rows == 3 && p_.cols == 3 && p_.stride[0] == 1 &&
+           p_.stride[1] == 1 && p_.dilation[0] == 1 && p_.dilation[1] == 1;
   }
 
   // Adds the input gradient of `count` costate planes, the first being output channel k of its group.
@@ -213,8 +219,8 @@ class Update {
           constexpr int kC = decltype(width)::value;
           T* g = planes.input_gradient + ((group * l_.group_channels + c) * l_.phases + i) * l_.input_plane;
           if (kC == 1 && dense_rows_3x3()) {
-            dgrad_rows<T>(costate, l_.costate_plane, count, geometry_.row_stride, weight + k * taps, g, w.row_begin, w.row_end,
-                          ahead);
+            dgrad_rows<T>(costate, l_.costate_plane, count, geometry_.row_stride, weight + k * taps, g, w.row_begin,
+                          w.row_end, ahead);
           } else {
             dgrad<T, kC>(costate, l_.costate_plane, count, weights_.dgrad_offsets + phase.tap_begin, taps,
                          weight + k * taps * kC, g, l_.phases * l_.input_plane, w.row_begin * geometry_.row_stride,
@@ -252,8 +258,9 @@ class Update {
         const int64_t kernel = group * l_.group_kernels + k + i;
         Finish at = finish;
         at.skip(i);
-        forward<T, decltype(width)::value>(u, weights_.forward_offsets, l_.products, weights_.forward + kernel * l_.products,
-                                           weights_.bias + kernel, geometry_.out_size, at);
+        forward<T, decltype(width)::value>(u, weights_.forward_offsets, l_.products,
+                                           weights_.forward + kernel * l_.products, weights_.bias + kernel,
+                                           geometry_.out_size, at);
       });
   }
 
@@ -325,7 +332,8 @@ class Update {
     for (int64_t i = 0; i < count; i += kBlocking.wgrad_kernels)
       with_width<kBlocking.wgrad_kernels>(count - i, [&](auto width) {
         wgrad<T, decltype(width)::value>(q + i * l_.costate_plane, l_.costate_plane, u, weights_.forward_offsets,
-                                         l_.products, geometry_.out_size, planes.weight_sums + (kernel + i) * stride, stride);
+                                         l_.products, geometry_.out_size, planes.weight_sums + (kernel + i) * stride,
+                                         stride);
       });
     if (p_.grad_bias == nullptr && p_.grad_scale == nullptr && p_.grad_shift == nullptr) return;
     for (int64_t i = 0; i < count; ++i) {
@@ -344,8 +352,10 @@ class Update {
 
   void reduce_lanes(ImagePlanes<T>& planes, double* to) const {
     const int64_t sums = p_.kernels * l_.products;
-    for (int64_t i = 0; i < sums; ++i) to[i] = static_cast<double>(lane_sum<T>(load(planes.weight_sums + i * kLanes<T>)));
-    for (int64_t k = 0; k < p_.kernels; ++k) to[sums + k] = static_cast<double>(lane_sum<T>(load(planes.costate_sums + k * kLanes<T>)));
+    for (int64_t i = 0; i < sums; ++i)
+      to[i] = static_cast<double>(lane_sum<T>(load(planes.weight_sums + i * kLanes<T>)));
+    for (int64_t k = 0; k < p_.kernels; ++k)
+      to[sums + k] = static_cast<double>(lane_sum<T>(load(planes.costate_sums + k * kLanes<T>)));
     std::memset(planes.weight_sums, 0, static_cast<size_t>(sums * kLanes<T>) * sizeof(T));
     std::memset(planes.costate_sums, 0, static_cast<size_t>(p_.kernels * kLanes<T>) * sizeof(T));
   }

@@ -1,5 +1,6 @@
-// Layer 1, CPU. fp32 activations that need exp, on whole vectors; a scalar library call per pixel would cost more than the
-// convolutions. Absolute errors are below 2e-7 (sigmoid, tanh, the Gaussian's distribution function), a rounding or two.
+// Layer 1, CPU. fp32 activations that need exp, on whole vectors; a scalar library call per pixel would cost more than
+// the convolutions. Absolute errors are below 2e-7 (sigmoid, tanh, the Gaussian's distribution function), a rounding or
+// two.
 #pragma once
 
 #include "core/activations.h"

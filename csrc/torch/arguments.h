@@ -1,4 +1,5 @@
-// Layer 2. The operator's arguments (schema: yopo_ext/ops.py) as Params, and its results as tensors. LibTorch stable ABI only.
+// Layer 2. The operator's arguments (schema: yopo_ext/ops.py) as Params, and its results as tensors. LibTorch stable
+// ABI only.
 //
 // Shapes, devices and value ranges were checked in Python; what is checked here is what memory safety rests on.
 #pragma once
@@ -17,8 +18,8 @@
 
 namespace yopo {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Owns everything a Params points to while a kernel runs.
@@ -31,9 +32,9 @@ class Arguments {
             int64_t activation, double negative_slope, int64_t steps, std::vector<double> step_size,
             std::vector<double> eps, std::vector<double> lo, std::vector<double> hi, int64_t norm, bool need_output,
             bool need_weight_grad, bool allow_tf32)
-      : weight_(weight),
-        inputs_{x, eta, costate, contiguous(weight)},
-        constants_{std::move(mean), std::move(std), std::move(step_size), std::move(eps), std::move(lo), std::move(hi)} {
+      : weight_(weight), inputs_{x, eta, costate, contiguous(weight)}, constants_{std::move(mean),      std::move(std),
+                                                                                  std::move(step_size), std::move(eps),
+                                                                                  std::move(lo),        std::move(hi)} {
     STD_TORCH_CHECK(x.dim() == 4 && eta.dim() == 4 && costate.dim() == 4 && weight.dim() == 4,
                     "yopo_ext::first_layer_update: x, eta, costate and weight must have 4 dimensions");
     STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
@@ -50,11 +51,13 @@ class Arguments {
                       "yopo_ext::first_layer_update: stride and dilation must be > 0, padding >= 0");
       const int64_t in = i == 0 ? p.height : p.width, kernel = i == 0 ? p.rows : p.cols;
       const int64_t span = in + 2 * p.padding[i] - p.dilation[i] * (kernel - 1) - 1;
-      STD_TORCH_CHECK(kernel > 0 && span >= 0 && (i == 0 ? p.out_height : p.out_width) == span / p.stride[i] + 1,
-                      "yopo_ext::first_layer_update: costate's size does not follow from x, weight, stride, padding and dilation");
+      STD_TORCH_CHECK(
+          kernel > 0 && span >= 0 && (i == 0 ? p.out_height : p.out_width) == span / p.stride[i] + 1,
+          "yopo_ext::first_layer_update: costate's size does not follow from x, weight, stride, padding and dilation");
     }
     STD_TORCH_CHECK(groups > 0 && p.channels % groups == 0 && p.kernels % groups == 0 &&
-                        weight.size(1) == p.channels / groups && costate.size(0) == p.batch && costate.size(1) == p.kernels,
+                        weight.size(1) == p.channels / groups && costate.size(0) == p.batch &&
+                        costate.size(1) == p.kernels,
                     "yopo_ext::first_layer_update: shapes of x, weight, costate and groups do not fit together");
     for (int i = 0; i < 4; ++i)
       STD_TORCH_CHECK(eta.size(i) == x.size(i), "yopo_ext::first_layer_update: eta must have x's shape");
@@ -72,8 +75,9 @@ class Arguments {
                     "yopo_ext::first_layer_update: mean and std go together");
     for (int i = 2; i < 6; ++i)
       STD_TORCH_CHECK(constant(i).present(), "yopo_ext::first_layer_update: step_size, eps, lo and hi need a value");
-    STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kSilu) && (norm == 0 || norm == 1),
-                    "yopo_ext::first_layer_update: unknown activation or norm");
+    STD_TORCH_CHECK(
+        activation >= 0 && activation <= static_cast<int64_t>(Activation::kSilu) && (norm == 0 || norm == 1),
+        "yopo_ext::first_layer_update: unknown activation or norm");
     p.activation = static_cast<Activation>(activation);
     p.negative_slope = negative_slope;
     p.steps = steps;
@@ -118,11 +122,16 @@ class Arguments {
 
   static DType dtype_of(const Tensor& t, const char* name) {
     switch (t.scalar_type()) {
-      case ScalarType::Float: return DType::kFloat32;
-      case ScalarType::Double: return DType::kFloat64;
-      case ScalarType::BFloat16: return DType::kBFloat16;
-      case ScalarType::Half: return DType::kFloat16;
-      default: STD_TORCH_CHECK(false, "yopo_ext::first_layer_update: unsupported dtype of ", name);
+      case ScalarType::Float:
+        return DType::kFloat32;
+      case ScalarType::Double:
+        return DType::kFloat64;
+      case ScalarType::BFloat16:
+        return DType::kBFloat16;
+      case ScalarType::Half:
+        return DType::kFloat16;
+      default:
+        STD_TORCH_CHECK(false, "yopo_ext::first_layer_update: unsupported dtype of ", name);
     }
   }
 
@@ -132,8 +141,9 @@ class Arguments {
 
   const void* parameter(const std::optional<Tensor>& t) {
     if (!t.has_value()) return nullptr;
-    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == params.kernels && dtype_of(*t, "bias, scale or shift") == params.compute,
-                    "yopo_ext::first_layer_update: bias, scale and shift must have one value per output channel and x's dtype");
+    STD_TORCH_CHECK(
+        t->dim() == 1 && t->size(0) == params.kernels && dtype_of(*t, "bias, scale or shift") == params.compute,
+        "yopo_ext::first_layer_update: bias, scale and shift must have one value per output channel and x's dtype");
     inputs_.push_back(contiguous(*t));
     return inputs_.back().data_ptr();
   }
