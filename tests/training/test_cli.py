@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from yopo_ext.training.cli import main
+from yopo_ext.training.comparison import plan
+from yopo_ext.training.config import CompareConfig, TrainConfig
 
 TOY = ["--epochs", "1", "--batch-size", "200", "--validation-steps", "1"]
 
@@ -55,6 +57,16 @@ def test_compare_writes_everything(tmp_path, capsys):
         for seed in (0, 1):
             assert (out / method / f"seed-{seed}" / "model.pt").is_file()
     assert (out / "accuracy-time.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_method_of_a_list_can_have_its_own_epochs_and_rate():
+    texts = ("pgd-10", "yopo-5-3:epochs=9:persist:lr=1/4", "free-8:epochs=10")
+    runs = dict(plan(CompareConfig(methods=texts, seeds=(0,), train=TrainConfig(epochs=30))))
+    assert [runs[text].epochs for text in texts] == [30, 9, 10]
+    assert runs[texts[1]].lr == 0.25
+    assert runs[texts[1]].method == "yopo-5-3:persist=True"
+    with pytest.raises(ValueError, match=r"epochs must be an integer; got '1\.5'"):
+        plan(CompareConfig(methods=("pgd:epochs=1.5",)))
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])

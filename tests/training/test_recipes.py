@@ -14,7 +14,7 @@ def configurations(recipe, monkeypatch):
     compares = "methods:" in recipe.read_text()
     command = "compare" if compares else "train"
     runs = []
-    monkeypatch.setattr(cli, "_plan", lambda found, *_: runs.extend(found) or (lambda: 0))
+    monkeypatch.setattr(cli, "_plan", lambda found, *_: runs.extend(run for _, run in found) or (lambda: 0))
     assert cli.main([command, "--config", str(recipe), "--out", "somewhere", "--dry-run"]) == 0
     return runs
 

@@ -168,7 +168,7 @@ def _train(given: Namespace) -> Job:
     options = {name: _plain(given[name]) for name in names if given[name] is not None}
     config, method = resolve(_build(TrainConfig, given), options)
     if given.dry_run:
-        return _plan([config])
+        return _plan([(config.method, config)])
     if config.out is None:
         config.out = str(default_folder("train", config))
     trainer = Trainer(config)
@@ -249,24 +249,24 @@ def default_folder(command: str, config: TrainConfig) -> Path:
     return folder
 
 
-def _plan(runs: Sequence[TrainConfig], test_attacks: Sequence[str] = ()) -> Job:
+def _plan(runs: Sequence[tuple[str, TrainConfig]], test_attacks: Sequence[str] = ()) -> Job:
     from yopo_ext.training.adversaries import parse_attack
     from yopo_ext.training.datasets import dataset_of
     from yopo_ext.training.estimate import Estimate, duration, estimate
 
-    dataset = dataset_of(runs[0])
+    dataset = dataset_of(runs[0][1])
     attacks = [parse_attack(a) for a in test_attacks]
 
     def job() -> int:
         seen: dict[str, Estimate] = {}
-        for run in runs:
-            if run.method not in seen:
-                seen[run.method] = found = estimate(run, dataset, attacks)
-                times = sum(r.method == run.method for r in runs)
+        for text, run in runs:
+            if text not in seen:
+                seen[text] = found = estimate(run, dataset, attacks)
+                times = sum(other == text for other, _ in runs)
                 what = f"{run.epochs} epochs of {run.dataset}, {run.model}, eps {run.eps:.4g}"
-                print(f"{run.method}: {times} x ({what}): {found}")
-        training = sum(seen[run.method].training for run in runs)
-        evaluation = sum(seen[run.method].evaluation for run in runs)
+                print(f"{text}: {times} x ({what}): {found}")
+        training = sum(seen[text].training for text, _ in runs)
+        evaluation = sum(seen[text].evaluation for text, _ in runs)
         print(f"in all: {len(runs)} runs, training {duration(training)}, evaluation {duration(evaluation)}")
         return 0
 

@@ -16,12 +16,24 @@ from yopo_ext.training.data import Dataset
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import evaluate_in_parts
+from yopo_ext.training.numbers import parse_number
 from yopo_ext.training.report import Row, save_plot, table
 from yopo_ext.training.trainer import Trainer
 
+# What a method of a list may set for itself, beside its own options.
+OWN_OPTIONS: dict[str, type[int] | type[float]] = {
+    "epochs": int,
+    "batch_size": int,
+    "lr": float,
+    "weight_decay": float,
+    "time_budget": float,
+    "ema": float,
+    "label_smoothing": float,
+}
 
-def plan(config: CompareConfig) -> list[TrainConfig]:
-    """Every run of the comparison, resolved, in the order it is made.
+
+def plan(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
+    """Every run of the comparison, resolved, with its method as written, in the order it is made.
 
     Seeds are the outer loop, and each seed starts with another method: a machine that slows down or heats up in the
     course of the comparison slows every method alike.
@@ -38,10 +50,28 @@ def plan(config: CompareConfig) -> list[TrainConfig]:
     runs = []
     for turn, seed in enumerate(config.seeds):
         shift = turn % len(config.methods)
-        for method in (*config.methods[shift:], *config.methods[:shift]):
-            out = str(Path(config.train.out) / folder_name(method) / f"seed-{seed}") if config.train.out else None
-            runs.append(resolve(dataclasses.replace(config.train, method=method, seed=seed, out=out))[0])
+        for text in (*config.methods[shift:], *config.methods[:shift]):
+            out = str(Path(config.train.out) / folder_name(text) / f"seed-{seed}") if config.train.out else None
+            train = dataclasses.replace(config.train, seed=seed, out=out)
+            runs.append((text, resolve(with_own_options(train, text))[0]))
     return runs
+
+
+def with_own_options(train: TrainConfig, text: str) -> TrainConfig:
+    """The configuration of one method of a list: "yopo-5-3:epochs=9:lr=0.1:persist" has its own epochs and rate."""
+    method, *settings = text.split(":")
+    own: dict[str, Any] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        key = key.strip().replace("-", "_")
+        if key in OWN_OPTIONS:
+            number = parse_number(value, key)
+            if OWN_OPTIONS[key] is int and number != int(number):
+                raise ValueError(f"{key} must be an integer; got {value!r}")
+            own[key] = OWN_OPTIONS[key](number)
+        else:
+            method += f":{setting}"
+    return dataclasses.replace(train, method=method, **own)
 
 
 class Comparison:
@@ -70,23 +100,22 @@ class Comparison:
         limit = self.config.train.stop_after
         deadline = None if limit is None else time.monotonic() + limit
         records: list[dict[str, Any]] = []
-        for run in self.runs:
-            record = self.done.get((run.method, run.seed))
+        for text, run in self.runs:
+            record = self.done.get((text, run.seed))
             if record is None:
-                record = run_and_test(run, self.config, self.dataset, deadline, shown=self.shown)
+                record = run_and_test(text, run, self.config, self.dataset, deadline, shown=self.shown)
                 if record is None:
                     return None
                 if self.metrics is not None:
                     self.metrics.append(record)
             records.append(record)
-        names = [resolve(dataclasses.replace(self.config.train, method=m))[0].method for m in self.config.methods]
-        rows = [Row.of([r for r in records if r["method"] == name]) for name in names]
+        rows = [Row.of([r for r in records if r["method"] == text]) for text in self.config.methods]
         if self.out is not None:
             self._write(rows, self.out)
         return rows
 
     def _write(self, rows: list[Row], out: Path) -> None:
-        first = self.runs[0]
+        first = self.runs[0][1]
         facts = {name: getattr(first, name) for name in ("dataset", "model", "eps", "norm", "epochs", "time_budget")}
         facts |= {"seeds": list(self.config.seeds), "environment": environment()}
         write_json(out / "comparison.json", {**facts, "rows": [row.as_dict(rows) for row in rows]})
@@ -95,7 +124,7 @@ class Comparison:
 
 
 def run_and_test(
-    run: TrainConfig, config: CompareConfig, dataset: Dataset, deadline: float | None, *, shown: bool = True
+    text: str, run: TrainConfig, config: CompareConfig, dataset: Dataset, deadline: float | None, *, shown: bool = True
 ) -> dict[str, Any] | None:
     """Train once and attack the selected weights on the test split; None if the deadline passed before."""
     trainer = Trainer(run, dataset=dataset, shown=shown)
@@ -118,7 +147,7 @@ def run_and_test(
     samples = trainer.at.batches * trainer.source.batch_size * trainer.fabric.world_size
     cuda = trainer.device.type == "cuda"
     return {
-        "method": run.method,
+        "method": text,
         "seed": run.seed,
         "clean": found.clean,
         "robust": found.robust,

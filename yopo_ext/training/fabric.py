@@ -23,7 +23,13 @@ def make_fabric(config: TrainConfig) -> Fabric:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from lightning.fabric import Fabric
+        from lightning.fabric.strategies import DDPStrategy
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision)
+    # Buffers are not sent around before each forward: that would change them between the two forwards of TRADES, before
+    # its one backward. `FabricLearner.synchronise` makes them equal where it matters.
+    strategy = DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto"
+    fabric = Fabric(
+        accelerator=config.accelerator, devices=config.devices, precision=config.precision, strategy=strategy
+    )
     fabric.launch()
     return fabric
