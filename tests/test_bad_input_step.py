@@ -155,3 +155,10 @@ def test_empty_batch() -> None:
     )
     assert result.perturbation.shape == (0, 3, 8, 7)
     assert result.losses.tolist() == [0, 0]
+
+
+def test_batch_norm_needs_more_than_one_value() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 6, (8, 7)), nn.BatchNorm2d(6)), nn.Flatten())
+    with pytest.raises(ValueError, match="x must give BatchNorm more than one value per channel"):
+        yopo_step(model, X[:1], Y[:1], first_layer="0", outer_steps=1)
+    assert torch.equal(model[0][1].running_var, torch.ones(6))

@@ -278,6 +278,39 @@ def test_hooks_on_the_first_layer_still_fire() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the first layer runs through autograd")
+@pytest.mark.parametrize("affine", [False, True])
+def test_opaque_layers_may_overwrite_input_and_output(affine: bool) -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv()
+
+        def forward(self, u: Tensor) -> Tensor:
+            return self.conv(u.mul_(2.0)).relu_()
+
+    class Reflect(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.first, self.head = layer, nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.first(x.clone()))
+
+    x, y, eta = batch(torch.float32)
+    model = Reflect(conv(padding_mode="reflect", padding=1) if affine else InPlace())
+    model(x)
+    other = copy.deepcopy(model)
+    options = {"outer_steps": 1, "gradient": "full", "init": eta, "bounds": None, "validate": False}
+    yopo_step(model, x, y, first_layer="first", **options)
+    if affine:
+        F.cross_entropy(other(x + eta), y).backward()
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad)
+    result = step(model, first_layer="first")
+    assert result.losses[1] > result.losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:the first layer runs through autograd")
 def test_layers_called_with_keywords() -> None:
     class Powered(nn.Module):
         def __init__(self) -> None:

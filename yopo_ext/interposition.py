@@ -156,6 +156,8 @@ class Interposition:
                 tensors = (now.eta, now.x, conv.weight, conv.bias, norm.weight, norm.bias, now.threat)
                 node: Any = first_layer_batch_norm_node if compiling else FirstLayerBatchNormNode.apply
                 y, mean, variance, _ = node(*tensors, *settings, norm.eps)
+                if y.numel() == y.shape[1]:
+                    raise ValueError(f"x must give BatchNorm more than one value per channel; got {list(now.x.shape)}")
                 if norm.training and norm.running_mean is not None and (compiling or self.calls == 1):
                     _update_running_statistics(norm, mean.detach(), variance.detach())
                 return y

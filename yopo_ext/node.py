@@ -90,15 +90,18 @@ def in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def as_parameter(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """The gradient in its parameter's dtype."""
     return None if parameter is None or gradient is None else gradient.to(parameter.dtype)
 
 
 def convolve(x, eta, weight, bias, mean, std, geometry, dtype) -> Tensor:
+    """The convolution of the normalised x + eta, in `dtype`."""
     u = normalised(x + eta, mean, std).to(dtype)
     return torch.nn.functional.conv2d(u, weight.to(dtype), None if bias is None else bias.to(dtype), *geometry)
 
 
 def add_up(total: list[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums term by term, None being nothing."""
     return [t if s is None else s if t is None else s + t for s, t in zip(total, terms, strict=True)]
 
 

@@ -30,6 +30,7 @@ def scratch_buffers(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaced_forward(replacements: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another `forward` inside the block. (Compiled models guard on it; hooks added late they ignore.)"""
     before = {module: vars(module).get("forward") for module in replacements}
     try:
         for module, forward in replacements.items():
@@ -73,7 +74,8 @@ class Opaque:
     statistics: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __call__(self, u: Tensor) -> Tensor:
-        output = self.forward(normalised(u, self.mean, self.std).reshape(self.shape).to(self.dtype))
+        v = normalised(u, self.mean, self.std).reshape(self.shape)
+        output = self.forward(v.to(self.dtype, copy=True))  # the module may overwrite its input
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"first_layer must return one tensor; {type(self.module).__name__} returned {type(output).__name__}"
@@ -173,6 +175,7 @@ class OpaqueNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:
         eta, x, *parameters = ctx.saved_tensors
+        eta = eta.detach()
         layer: Opaque = ctx.layer
         wanted = [t for t, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
         before, after = (bool(wanted) and asked for asked in (layer.gradient_before, layer.gradient_after))
