@@ -174,4 +174,5 @@ def adversary_steps(x: Tensor, eta: Tensor, costate: Tensor, weight: Tensor, bia
 
 def explain(x: Tensor, eta: Tensor, costate: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> str:
     """Which backend and variant `first_layer_update` would run for these arguments, and why not a faster one."""
-    return str(choose(*_arguments(x, eta, costate, weight, bias, **{**first_layer_update.__kwdefaults__, **options})))
+    defaults = first_layer_update.__kwdefaults__ or {}
+    return str(choose(*_arguments(x, eta, costate, weight, bias, **{**defaults, **options})))

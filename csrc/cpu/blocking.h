@@ -20,7 +20,7 @@ struct Blocking {
 inline constexpr Blocking kBlocking{24, 4, 4, 6, 4, 6};
 #else
 // 12 of 16 registers accumulate: 3 broadcasts and one streamed operand remain.
-inline constexpr Blocking kBlocking{12, 4, 3, 4, 2, 6};
+inline constexpr Blocking kBlocking{12, 4, 4, 3, 2, 6};
 #endif
 
 // Bytes of costate planes worked on at once, so that they stay in the first-level cache between the passes over them.

@@ -48,7 +48,8 @@ struct Layout {
     const int64_t step = kBlocking.forward_kernels;
     kernel_block = fit < 2 * step ? step : fit / step * step;
     // channels_last tensors are read and written a vector of channels at a time
-    if (p.costate_strides[1] == 1 && p.out_width >= kLanes<T> && kernel_block < kLanes<T>) kernel_block = kLanes<T>;
+    if (p.costate_strides[1] == 1 && p.out_width >= kLanes<T> && kernel_block < kLanes<T>)
+      kernel_block = round_up(kLanes<T>, step);  // blocks begin where packed weights do
     if (kernel_block > group_kernels) kernel_block = group_kernels;
     pixels = p.channels * p.height * p.width;
   }
