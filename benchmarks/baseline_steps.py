@@ -28,7 +28,9 @@ def _outer_pass(model: nn.Module, first: nn.Module, x: Tensor, y: Tensor, eta: T
     return costates[0]
 
 
-def released_step(model: nn.Module, first: nn.Module, x: Tensor, y: Tensor, eta: Tensor, *, m: int, n: int, eps: float, step: float) -> Tensor:  # fmt: skip
+def released_step(
+    model: nn.Module, first: nn.Module, x: Tensor, y: Tensor, eta: Tensor, *, m: int, n: int, eps: float, step: float
+) -> Tensor:
     """The step of the paper's released code, without its forward for the progress bar."""
     for _ in range(m):
         p = -_outer_pass(model, first, x, y, eta)
@@ -43,8 +45,10 @@ def released_step(model: nn.Module, first: nn.Module, x: Tensor, y: Tensor, eta:
     return eta
 
 
-def collapsed_step(model: nn.Module, first: nn.Module, x: Tensor, y: Tensor, eta: Tensor, *, m: int, n: int, eps: float, step: float) -> Tensor:  # fmt: skip
-    """The same gradients with the inner loop written by hand: one input gradient for an affine layer, no autograd graph for conv + ReLU."""  # fmt: skip
+def collapsed_step(
+    model: nn.Module, first: nn.Module, x: Tensor, y: Tensor, eta: Tensor, *, m: int, n: int, eps: float, step: float
+) -> Tensor:
+    """The same gradients with the inner loop written by hand: one input gradient for an affine layer, no graph for conv + ReLU."""
     conv, relu = (first, False) if isinstance(first, nn.Conv2d) else (first[0], True)  # type: ignore[index]
     geometry = (conv.stride, conv.padding, conv.dilation, False, [0, 0], 1)
     a, b = torch.clamp(-x, min=-eps), torch.clamp(1 - x, max=eps)

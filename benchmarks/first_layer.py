@@ -88,7 +88,9 @@ class Inputs:
         x = torch.rand(case.batch, case.channels, case.size, case.size)
         eta = ((torch.rand_like(x) * 2 - 1) * EPS).clamp(-x, 1 - x)
         costate = torch.randn(case.batch, case.kernels, case.output, case.output).to(case.dtype)
-        weight = torch.randn(case.kernels, case.channels, case.kernel, case.kernel) / (case.channels * case.kernel**2) ** 0.5
+        weight = (
+            torch.randn(case.kernels, case.channels, case.kernel, case.kernel) / (case.channels * case.kernel**2) ** 0.5
+        )
         bias = None if case.activation == "identity" else torch.randn(case.kernels) * 0.1
         return cls(*(t.contiguous(memory_format=layout) for t in (x, eta, costate, weight)), bias)
 

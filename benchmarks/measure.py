@@ -83,7 +83,9 @@ def environment() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": model,
@@ -131,7 +133,9 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
 def arguments(description: str, seconds: float) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seconds", type=float, default=seconds, help="measuring time per case")
-    parser.add_argument("--threads", type=int, default=None, help="threads of PyTorch (default: the benchmark's own choice)")
+    parser.add_argument(
+        "--threads", type=int, default=None, help="threads of PyTorch (default: the benchmark's own choice)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
     return parser.parse_args()

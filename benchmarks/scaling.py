@@ -67,7 +67,9 @@ def main() -> None:
         for case in (AFFINE, RELU):
             for value in values:
                 rows.append(measured(sweep, case, value, options.seconds))
-            line = "  ".join(f"{r['value']}: {r['per_unit']:.3g}" for r in rows if (r["sweep"], r["case"]) == (sweep, case.name))
+            line = "  ".join(
+                f"{r['value']}: {r['per_unit']:.3g}" for r in rows if (r["sweep"], r["case"]) == (sweep, case.name)
+            )
             print(f"{case.name}, {unit} by {sweep}:  {line}", flush=True)
     measure.save("scaling_cpu", {"environment": measure.environment(), "rows": rows}, options.out)
     plot(rows, options.out / "scaling_cpu.png")

@@ -36,7 +36,9 @@ CASES = [
 ]  # fmt: skip
 
 
-def check_same(case: Case, model: nn.Module, ours: Callable[[], Tensor], theirs: dict[str, Callable[[], Tensor]]) -> None:
+def check_same(
+    case: Case, model: nn.Module, ours: Callable[[], Tensor], theirs: dict[str, Callable[[], Tensor]]
+) -> None:
     """The baselines must leave the gradients of `yopo_step(gradient="released")`, sign flips at g = 0 and rounding apart."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()  # no dropout: the same function every time
@@ -57,7 +59,13 @@ def run(case: Case, seconds: float) -> dict[str, Any]:
     assert first is not None
     x, y = torch.rand(case.batch, *case.shape), torch.randint(0, 10, (case.batch,))
     eta = (torch.rand_like(x) * 2 - 1) * case.eps
-    yopo = {"outer_steps": case.outer, "inner_steps": case.inner, "eps": case.eps, "step_size": case.step, "first_layer": first}
+    yopo = {
+        "outer_steps": case.outer,
+        "inner_steps": case.inner,
+        "eps": case.eps,
+        "step_size": case.step,
+        "first_layer": first,
+    }
     arguments = {"m": case.outer, "n": case.inner, "eps": case.eps, "step": case.step}
 
     def ours(**options: Any) -> Tensor:

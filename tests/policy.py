@@ -128,7 +128,9 @@ def assert_in_ball_and_box(arguments: tuple, eta: Tensor) -> None:
         assert (eta.abs() <= eps).all(), f"eta leaves the L-inf ball by {(eta.abs() - eps).max().item()}"
     else:
         norms = eta.double().flatten(1).norm(dim=1)
-        assert (norms <= eps.double().item() * (1 + 8 * torch.finfo(dtype).eps)).all(), f"eta leaves the L2 ball: {norms}"
+        assert (norms <= eps.double().item() * (1 + 8 * torch.finfo(dtype).eps)).all(), (
+            f"eta leaves the L2 ball: {norms}"
+        )
     lower, upper = torch.fmin(lo - x, torch.zeros((), dtype=dtype)), torch.fmax(hi - x, torch.zeros((), dtype=dtype))
     assert ((eta >= lower) & (eta <= upper)).all(), "eta leaves the box"
 
@@ -158,7 +160,10 @@ def check_update(update, arguments: tuple) -> tuple[Tensor, ...]:
     # outputs and gradients at the eta this backend arrived at
     if x.numel():
         at = bounds_at(arguments, x.double() + results[0].double(), eps)
-        expected = [a["need_output"], *(a["need_weight_grad"] and a[k] is not None for k in ("weight", "bias", "scale", "shift"))]
+        expected = [
+            a["need_output"],
+            *(a["need_weight_grad"] and a[k] is not None for k in ("weight", "bias", "scale", "shift")),
+        ]
         for name, wanted, actual, value, bound in zip(
             NAMES[1:], expected, results[1:], at.results, at.result_bounds, strict=True
         ):
@@ -175,17 +180,24 @@ def check_update(update, arguments: tuple) -> tuple[Tensor, ...]:
 def _check_step(arguments: tuple, eta: Tensor, new_eta: Tensor, eps: float) -> None:
     a = as_dict(arguments)
     x = a["x"]
-    lo, hi, radius, sigma = (torch.tensor(a[k], dtype=x.dtype).reshape(-1, 1, 1) for k in ("lo", "hi", "eps", "step_size"))
+    lo, hi, radius, sigma = (
+        torch.tensor(a[k], dtype=x.dtype).reshape(-1, 1, 1) for k in ("lo", "hi", "eps", "step_size")
+    )
     u = torch.clamp(x + eta, lo, hi)
     at = bounds_at(arguments, u.double(), eps)
-    lower, upper = torch.fmin(lo - x, torch.zeros((), dtype=x.dtype)), torch.fmax(hi - x, torch.zeros((), dtype=x.dtype))
+    lower, upper = (
+        torch.fmin(lo - x, torch.zeros((), dtype=x.dtype)),
+        torch.fmax(hi - x, torch.zeros((), dtype=x.dtype)),
+    )
     outside = (eta < lower) | (eta > upper)
     g = torch.where(outside, 0.0, at.g)
     if a["norm"] == NORMS["linf"]:
         step = eta + sigma * (torch.sign(g).to(x.dtype))
         expected = torch.clamp(step, torch.maximum(-radius, lower), torch.minimum(radius, upper))
         certain = ((at.g.abs() > at.g_bound) | outside) & ~(at.kink & ~outside)
-        assert_within("eta (certain signs)", torch.where(certain, new_eta, expected), expected.double(), torch.zeros_like(g))
+        assert_within(
+            "eta (certain signs)", torch.where(certain, new_eta, expected), expected.double(), torch.zeros_like(g)
+        )
         return
     flat = g.flatten(1)
     norm = flat.norm(dim=1).reshape(-1, 1, 1, 1)

@@ -24,7 +24,9 @@ CUDA_HEADERS = re.compile(r"^(cuda|cooperative_groups|cub|mma\.h|nv/)")
 
 
 def csrc_files() -> list[Path]:
-    return sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"} and p.parent.name != "csrc")
+    return sorted(
+        p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"} and p.parent.name != "csrc"
+    )
 
 
 @pytest.mark.parametrize("path", csrc_files(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -37,9 +39,9 @@ def test_includes(path):
         first = header.split("/")[0]
         if header.startswith(("torch/csrc/", "torch/headeronly/", "ATen/", "c10/")):
             assert torch_allowed, f"{path.name} includes torch's {header}"
-            assert header.startswith(("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")), (
-                f"{path.name} includes {header}, which is outside the stable ABI"
-            )
+            assert header.startswith(
+                ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+            ), f"{path.name} includes {header}, which is outside the stable ABI"
         elif first in ours:
             assert first in allowed, f"csrc/{folder} must not know {header}"
         elif CUDA_HEADERS.match(header) and not header.startswith("cuda/"):
@@ -85,14 +87,21 @@ def test_core_imports(path):
     foreign = {n.split(".")[0] for n in names if not n.startswith(".")}
     assert "training" not in own or path.name == "__main__.py", f"{path.name} must not know yopo_ext.training"
     standard = set(__import__("sys").stdlib_module_names)
-    assert foreign <= standard | {"torch", "yopo_ext"}, f"the core depends on torch alone; {path.name} imports {foreign - standard}"
+    assert foreign <= standard | {"torch", "yopo_ext"}, (
+        f"the core depends on torch alone; {path.name} imports {foreign - standard}"
+    )
     if path.stem in PYTHON_CORE:
         assert own <= PYTHON_CORE[path.stem], f"{path.name} must not know {own - PYTHON_CORE[path.stem]}"
 
 
 def test_no_file_outgrows_its_role():
     """A file of more than 400 lines wants to be two."""
-    tracked = [p for d in ("csrc", "yopo_ext") for p in (ROOT / d).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".py"}]
+    tracked = [
+        p
+        for d in ("csrc", "yopo_ext")
+        for p in (ROOT / d).rglob("*")
+        if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".py"}
+    ]
     assert tracked
     long = {str(p.relative_to(ROOT)): n for p in tracked if (n := len(p.read_text().splitlines())) > 400}
     assert not long, long

@@ -18,7 +18,18 @@ needs_native = pytest.mark.skipif(not ops.native_status.cpu, reason=str(ops.nati
 
 
 def run_operation_tests(keyword: str, **environment: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_operation.py", "-k", keyword]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_operation.py",
+        "-k",
+        keyword,
+    ]
     environment = {**os.environ, "YOPO_TEST_EXAMPLES": "20", **environment}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
@@ -53,8 +64,12 @@ def test_no_function_is_shared_between_instruction_sets():
         pytest.skip("not built from this checkout")
     for path in objects:
         isa = re.search(r"kernel_(\w+)\.dir", str(path)).group(1)
-        symbols = subprocess.run(["nm", "--demangle", "--defined-only", path], check=True, capture_output=True, text=True)
-        leaked = [line for line in symbols.stdout.splitlines() if re.search(r" [VWu] ", line) and f"yopo::{isa}::" not in line]
+        symbols = subprocess.run(
+            ["nm", "--demangle", "--defined-only", path], check=True, capture_output=True, text=True
+        )
+        leaked = [
+            line for line in symbols.stdout.splitlines() if re.search(r" [VWu] ", line) and f"yopo::{isa}::" not in line
+        ]
         assert not leaked, "\n".join(leaked)
 
 
@@ -62,6 +77,10 @@ def test_no_function_is_shared_between_instruction_sets():
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_the_library_needs_no_python_and_no_unstable_torch():
     library = ROOT / "yopo_ext" / "lib" / "libyopo_ext_cpu.so"
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True
+    ).stdout
     assert not re.search(r"\bPy[A-Z_]", symbols)
-    assert not re.search(r"_ZNK?(2at|3c10|5torch)", symbols), "a C++ symbol of torch would tie the binary to one version"
+    assert not re.search(r"_ZNK?(2at|3c10|5torch)", symbols), (
+        "a C++ symbol of torch would tie the binary to one version"
+    )

@@ -21,7 +21,9 @@ def backends() -> list:
     return [
         pytest.param(ops.first_layer_update_reference, id="reference"),
         pytest.param(
-            ops.first_layer_update, id="native", marks=pytest.mark.skipif(bool(native_missing), reason=str(native_missing))
+            ops.first_layer_update,
+            id="native",
+            marks=pytest.mark.skipif(bool(native_missing), reason=str(native_missing)),
         ),
     ]
 
@@ -78,7 +80,9 @@ def test_any_geometry(update, case):
 @pytest.mark.parametrize("steps", range(1, 11))
 def test_the_collapse_is_bitwise_the_iterated_definition(update, steps):
     """Saturated pixels, images at the bounds and perturbations outside the interval included."""
-    arguments = make_arguments(steps=steps, saturated=0.6, step_size=0.013, eps=0.05, kernels=16, size=(16, 16), batch=4)
+    arguments = make_arguments(
+        steps=steps, saturated=0.6, step_size=0.013, eps=0.05, kernels=16, size=(16, 16), batch=4
+    )
     arguments[0][0], arguments[0][1] = 0.0, 1.0
     a = as_dict(arguments)
     eta = a["eta"]
@@ -101,8 +105,12 @@ def test_results_do_not_depend_on_threads_or_runs(update):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for _ in range(2):
-                for name, actual, first in zip(("eta", "output", "weight", "bias"), update(*arguments), expected, strict=False):
-                    if update is ops.first_layer_update or name == "eta":  # PyTorch's own convolutions make no such promise
+                for name, actual, first in zip(
+                    ("eta", "output", "weight", "bias"), update(*arguments), expected, strict=False
+                ):
+                    if (
+                        update is ops.first_layer_update or name == "eta"
+                    ):  # PyTorch's own convolutions make no such promise
                         assert torch.equal(actual, first), name
     finally:
         torch.set_num_threads(before)

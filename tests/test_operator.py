@@ -10,7 +10,9 @@ import yopo_ext
 from yopo_ext import ops
 
 
-@pytest.mark.parametrize("op", [ops.first_layer_update, ops.first_layer_update_reference], ids=["dispatched", "reference"])
+@pytest.mark.parametrize(
+    "op", [ops.first_layer_update, ops.first_layer_update_reference], ids=["dispatched", "reference"]
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("wanted", [True, False])
 def test_opcheck(op, layout, wanted):

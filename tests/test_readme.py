@@ -17,7 +17,9 @@ def test_a_changed_figure_is_noticed(tmp_path):
     for name in ("scripts", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     script = tmp_path / "readme.py"
-    script.write_text((ROOT / "scripts" / "readme.py").read_text().replace("Path(__file__).parent.parent", f"Path({str(tmp_path)!r})"))
+    script.write_text(
+        (ROOT / "scripts" / "readme.py").read_text().replace("Path(__file__).parent.parent", f"Path({str(tmp_path)!r})")
+    )
     readme = (ROOT / "README.md").read_text()
     head, mark, rest = readme.partition("<!-- table:first_layer_cpu -->\n")
     assert mark

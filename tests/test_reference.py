@@ -26,7 +26,9 @@ def first_layer(a: dict, u: torch.Tensor) -> torch.Tensor:
     """f0 as anybody would write it."""
     name = next(n for n, code in ACTIVATIONS.items() if code == a["activation"])
     if a["mean"]:
-        u = (u - torch.tensor(a["mean"], dtype=u.dtype)[:, None, None]) / torch.tensor(a["std"], dtype=u.dtype)[:, None, None]
+        u = (u - torch.tensor(a["mean"], dtype=u.dtype)[:, None, None]) / torch.tensor(a["std"], dtype=u.dtype)[
+            :, None, None
+        ]
     z = F.conv2d(u, a["weight"], a["bias"], a["stride"], a["padding"], a["dilation"], a["groups"])
     if a["scale"] is not None:
         z = z * a["scale"][:, None, None]
@@ -37,7 +39,9 @@ def first_layer(a: dict, u: torch.Tensor) -> torch.Tensor:
 
 def definition(a: dict) -> torch.Tensor:
     """Section "inner step", word for word, with autograd for g."""
-    lo, hi, eps, sigma = (torch.tensor(a[k], dtype=a["x"].dtype).reshape(-1, 1, 1) for k in ("lo", "hi", "eps", "step_size"))
+    lo, hi, eps, sigma = (
+        torch.tensor(a[k], dtype=a["x"].dtype).reshape(-1, 1, 1) for k in ("lo", "hi", "eps", "step_size")
+    )
     x, eta = a["x"], a["eta"]
     lower, upper = torch.clamp(lo - x, max=0), torch.clamp(hi - x, min=0)
     for i in range(a["steps"]):
@@ -46,7 +50,9 @@ def definition(a: dict) -> torch.Tensor:
         if i == 0:
             g = torch.where((eta < lower) | (eta > upper), 0.0, g)
         if a["norm"] == NORMS["linf"]:
-            eta = torch.minimum(torch.maximum(eta + sigma * g.sign(), torch.maximum(-eps, lower)), torch.minimum(eps, upper))
+            eta = torch.minimum(
+                torch.maximum(eta + sigma * g.sign(), torch.maximum(-eps, lower)), torch.minimum(eps, upper)
+            )
         else:
             norm = g.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
             eta = eta + sigma * torch.where(norm > 0, g / norm.clamp_min(1e-300), 0.0)

@@ -19,7 +19,9 @@ pytestmark = [
 
 
 # ThreadSanitizer looks at the sharing of work, which no instruction set changes.
-@pytest.mark.parametrize(("sanitizer", "isas"), [("address,undefined", ["avx512", "baseline"]), ("thread", ["baseline"])])
+@pytest.mark.parametrize(
+    ("sanitizer", "isas"), [("address,undefined", ["avx512", "baseline"]), ("thread", ["baseline"])]
+)
 def test_cpu_kernels(sanitizer, isas):
     build = ROOT / "build" / f"sanitize-{sanitizer.replace(',', '-')}"
     subprocess.run(
@@ -29,7 +31,10 @@ def test_cpu_kernels(sanitizer, isas):
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     subprocess.run(
-        ["cmake", "--build", build, "--target", "cpu_sanitized", "--parallel", "2"], check=True, capture_output=True, text=True
+        ["cmake", "--build", build, "--target", "cpu_sanitized", "--parallel", "2"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     for isa in isas:
         run = subprocess.run(

@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from step_oracle import Network, batch, network
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from yopo_ext import trades_yopo_step, yopo_step
@@ -105,6 +107,24 @@ def check_compiled(rank: int) -> dict[str, object]:
     return found
 
 
+def check_sharded(rank: int) -> dict[str, object]:
+    found: dict[str, object] = {}
+    mesh = init_device_mesh("cpu", (2,))
+    reduce = dist.reduce_scatter_tensor
+    for train_on in ("all", "last"):
+        model, reductions = without_batch_norm("conv"), []
+        fully_shard(model, mesh=mesh)
+        dist.reduce_scatter_tensor = lambda *args, seen=reductions, **kwargs: seen.append(1) or reduce(*args, **kwargs)
+        try:
+            for _ in range(2):
+                model.zero_grad()
+                result = step(model, rank, train_on=train_on)
+        finally:
+            dist.reduce_scatter_tensor = reduce
+        found[train_on] = [p.grad.full_tensor() for p in model.parameters()], result.perturbation, len(reductions)
+    return found
+
+
 def check_nonfinite(rank: int) -> dict[str, object]:
     """One process meets a NaN; both must leave the batch out."""
     model = without_batch_norm("conv")
@@ -156,7 +176,7 @@ def check_fabric(rank: int) -> dict[str, object]:
     return found
 
 
-CHECKS = (check_plain, check_compiled, check_batch_norm, check_nonfinite, check_fabric)
+CHECKS = (check_plain, check_compiled, check_sharded, check_batch_norm, check_nonfinite, check_fabric)
 
 
 def worker(rank: int, port: int, folder: str) -> None:
@@ -203,6 +223,17 @@ def test_two_processes_equal_one_and_reduce_once(processes: list[dict]) -> None:
 def test_compiled_model_over_two_processes(processes: list[dict], order: str) -> None:
     found = [process["check_compiled"][order] for process in processes]
     model, perturbation = whole("conv")
+    for gradients, _, reductions in found:
+        assert reductions == 2  # of two steps
+        for mine, expected in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(mine, expected.grad)
+    torch.testing.assert_close(torch.cat([process[1] for process in found]), perturbation)
+
+
+@pytest.mark.parametrize("train_on", ["all", "last"])
+def test_sharded_model_over_two_processes(processes: list[dict], train_on: str) -> None:
+    found = [process["check_sharded"][train_on] for process in processes]
+    model, perturbation = whole("conv", train_on=train_on)
     for gradients, _, reductions in found:
         assert reductions == 2  # of two steps
         for mine, expected in zip(gradients, model.parameters(), strict=True):

@@ -46,7 +46,9 @@ def _why_not_cuda(library: Path, build: dict[str, object]) -> str | None:
     if supported is None:
         return "no NVIDIA driver (libcuda.so.1) was found"
     if supported // 1000 < needed // 1000:
-        return f"the NVIDIA driver supports CUDA {supported / 1000:.1f}, the kernels were built with {needed / 1000:.1f}"
+        return (
+            f"the NVIDIA driver supports CUDA {supported / 1000:.1f}, the kernels were built with {needed / 1000:.1f}"
+        )
     return None
 
 
@@ -72,7 +74,11 @@ def status() -> NativeStatus:
     if os.environ.get("YOPO_EXT_NATIVE", "1") == "0":
         why_not_cpu = why_not_cuda = "the environment variable YOPO_EXT_NATIVE is 0"
     else:
-        why_not_cpu = _load(cpu) if cpu.exists() else "no native library lies beside it (installed without a C++ compiler, or a source tree that was not built)"
+        why_not_cpu = (
+            _load(cpu)
+            if cpu.exists()
+            else "no native library lies beside it (installed without a C++ compiler, or a source tree that was not built)"
+        )
         why_not_cuda = _why_not_cuda(cuda, build) or _load(cuda)
     # A GPU whose kernels are missing is worth the same words as a missing CPU library.
     missing = why_not_cpu or (why_not_cuda if torch.version.cuda is not None and torch.cuda.is_available() else None)

@@ -59,7 +59,9 @@ def _arguments(
     out_h = _output_size(height, rows, stride[0], padding[0], dilation[0])
     out_w = _output_size(width, cols, stride[1], padding[1], dilation[1])
     if min(out_h, out_w) < 1:
-        raise ValueError(f"weight's {rows}x{cols} kernel does not fit into x [{height}, {width}] with padding {padding}")
+        raise ValueError(
+            f"weight's {rows}x{cols} kernel does not fit into x [{height}, {width}] with padding {padding}"
+        )
     allowed = (*validation.COSTATE_DTYPES, torch.float64) if x.dtype == torch.float64 else validation.COSTATE_DTYPES
     costate = validation.tensor("costate", costate, (batch, kernels, out_h, out_w), like=x)
     validation.floating("costate", costate, allowed)
@@ -162,14 +164,14 @@ def first_layer_update(
     )  # fmt: skip
 
 
-def adversary_steps(x: Tensor, eta: Tensor, costate: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+def adversary_steps(
+    x: Tensor, eta: Tensor, costate: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor:
     """The n inner steps alone: `first_layer_update` without output and weight gradients; returns eta' [B, C, H, W].
 
     Takes the keyword arguments of `first_layer_update` except `need_output` and `need_weight_grad`.
     """
-    return first_layer_update(
-        x, eta, costate, weight, bias, need_output=False, need_weight_grad=False, **options
-    ).eta
+    return first_layer_update(x, eta, costate, weight, bias, need_output=False, need_weight_grad=False, **options).eta
 
 
 def explain(x: Tensor, eta: Tensor, costate: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> str:

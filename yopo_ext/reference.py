@@ -134,9 +134,7 @@ class _FirstLayer:
 
     def convolve(self, u: Tensor) -> Tensor:
         stride, padding, dilation, _, _, groups = self.geometry
-        return torch.nn.functional.conv2d(
-            self.normalise(u), self.weight, self.bias, stride, padding, dilation, groups
-        )
+        return torch.nn.functional.conv2d(self.normalise(u), self.weight, self.bias, stride, padding, dilation, groups)
 
     def affine_part(self, z: Tensor) -> Tensor:
         if self.scale is not None:
