@@ -58,10 +58,41 @@ def first_layer_cpu(data: dict[str, Any]) -> str:
     return markdown(head, lines) + f"\n\n{machine(data['environment'])}, {data['environment']['isa']}."
 
 
+def training_step_cpu(data: dict[str, Any]) -> str:
+    baselines = list(data["cases"][0]["ratios"])
+    head = ["step", "ms", *baselines]
+    lines = [
+        [
+            f"{c['case']}, B={c['batch']} (PGD-{c['pgd_steps']})",
+            f"{c['variants']['yopo_step']['ms']:.0f}",
+            *(f"{c['ratios'][name]['ratio']:.2f}x" for name in baselines),
+        ]
+        for c in data["cases"]
+    ]
+    return markdown(head, lines) + f"\n\n{machine(data['environment'])}, {data['environment']['threads']} threads."
+
+
+def first_layer_gpu(data: dict[str, Any]) -> str:
+    baselines = list(data["cases"][0]["ratios"])
+    head = ["case", "us", *baselines]
+    lines = [
+        [
+            f"{c['case']}, B={c['batch']}",
+            f"{c['variants']['yopo_ext']['ms'] * 1e3:.0f}",
+            *(f"{c['ratios'][name]['ratio']:.2f}x" if name in c["ratios"] else "" for name in baselines),
+        ]
+        for c in data["cases"]
+    ]
+    where = data["environment"]
+    return markdown(head, lines) + f"\n\n{where['gpu']}, torch {where['torch']}, {where['date']}."
+
+
 # marker in the README -> (JSON file, renderer)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("digits_comparison", demo),
     "first_layer_cpu": ("first_layer_cpu", first_layer_cpu),
+    "training_step_cpu": ("training_step_cpu", training_step_cpu),
+    "first_layer_gpu": ("first_layer_gpu", first_layer_gpu),
 }
 
 
