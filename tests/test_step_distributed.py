@@ -109,19 +109,18 @@ def check_compiled(rank: int) -> dict[str, object]:
 
 def check_sharded(rank: int) -> dict[str, object]:
     found: dict[str, object] = {}
-    mesh = init_device_mesh("cpu", (2,))
-    reduce = dist.reduce_scatter_tensor
+    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    reduce, reductions = getattr(dist, name), []
+    setattr(dist, name, lambda *args, **kwargs: reductions.append(1) or reduce(*args, **kwargs))
     for train_on in ("all", "last"):
-        model, reductions = without_batch_norm("conv"), []
-        fully_shard(model, mesh=mesh)
-        dist.reduce_scatter_tensor = lambda *args, seen=reductions, **kwargs: seen.append(1) or reduce(*args, **kwargs)
-        try:
-            for _ in range(2):
-                model.zero_grad()
-                result = step(model, rank, train_on=train_on)
-        finally:
-            dist.reduce_scatter_tensor = reduce
+        model = without_batch_norm("conv")
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        reductions.clear()
+        for _ in range(2):
+            model.zero_grad()
+            result = step(model, rank, train_on=train_on)
         found[train_on] = [p.grad.full_tensor() for p in model.parameters()], result.perturbation, len(reductions)
+    setattr(dist, name, reduce)
     return found
 
 

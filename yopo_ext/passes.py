@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +41,20 @@ def distributed(model: nn.Module) -> DistributedDataParallel | None:
     return next((m for m in layers.unwrapped(model) if isinstance(m, DistributedDataParallel)), None)
 
 
-def unsynchronised(model: nn.Module) -> AbstractContextManager[Any]:
+@contextmanager
+def unsynchronised(model: nn.Module) -> Iterator[None]:
     """Inside, backward passes leave gradients unreduced."""
     parallel = distributed(model)
-    return nullcontext() if parallel is None else parallel.no_sync()
+    # What fully_shard makes of a module is no wrapper, but has this method.
+    sharded: list[Any] = [m for m in layers.unwrapped(model) if hasattr(m, "set_requires_gradient_sync")]
+    with nullcontext() if parallel is None else parallel.no_sync():
+        try:
+            for module in sharded:
+                module.set_requires_gradient_sync(False)
+            yield
+        finally:
+            for module in sharded:
+                module.set_requires_gradient_sync(True)
 
 
 @contextmanager
