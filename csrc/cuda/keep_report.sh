@@ -8,5 +8,5 @@ done
 [ -n "$object" ] || exec "$@"
 "$@" 2> "$object.ptxas.txt"
 status=$?
-grep -v -e '^ptxas info' -e 'bytes stack frame' "$object.ptxas.txt" >&2
+grep -a -v -e '^ptxas info' -e 'bytes stack frame' "$object.ptxas.txt" >&2
 exit $status
