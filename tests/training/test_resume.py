@@ -13,6 +13,7 @@ import torch
 
 from yopo_ext.training.checkpoint import load_checkpoint
 from yopo_ext.training.config import TrainConfig
+from yopo_ext.training.datasets import load_dataset
 from yopo_ext.training.trainer import Trainer
 
 CONFIG = {"epochs": 4, "batch_size": 40, "validation_steps": 2, "augment": True, "ema": 0.9, "save_every": 1e-9}
@@ -182,3 +183,40 @@ def test_killed_processes(tmp_path):
     assert_same(*models)
     records = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in records] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """DDP on two CPU processes: every sample's perturbation is kept, whichever process owns it, and a run resumes."""
+    command = [
+        sys.executable, "-m", "yopo_ext", "train", "--method", "yopo-1-2:persist", "--epochs", "2", "--batch-size", "20",
+        "--validation-steps", "1", "--accelerator", "cpu", "--devices", "2", "--resume", "auto",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+
+    def start(out, *more):
+        return subprocess.run(
+            [*command, "--out", str(tmp_path / out), *more],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+        )
+
+    done = start("whole")
+    assert done.returncode == 0, done.stderr
+    parts = 0
+    while (done := start("parts", "--stop-after", "0.01")).returncode == 75:
+        parts += 1
+        assert parts < 20
+    assert done.returncode == 0, done.stderr
+    assert parts >= 2
+    assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+    state = final_state(tmp_path / "whole")
+    digits = load_dataset("digits")
+    assert state["position"]["batches"] == 2 * (len(digits.train) // 2 // 20)
+    config = TrainConfig(method="yopo-1-2:persist", epochs=2, batch_size=20, validation_steps=1)
+    untouched = Trainer(config, shown=False).learner.kept["perturbation"].values
+    moved = (state["kept"]["perturbation"] != untouched).flatten(1).any(1)
+    assert moved[0::2].float().mean() > 0.95
+    assert moved[1::2].float().mean() > 0.95

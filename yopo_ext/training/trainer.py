@@ -86,6 +86,8 @@ class Trainer:
         self.schedule = make_schedule(self.config.schedule, self.config.milestones, self.config.warmup)
         self.at = Position()
         self.selected: dict[str, Tensor] | None = None
+        # Processes must agree on whatever depends on time, and asking costs them a wait.
+        self.agree_every = 1 if self.fabric.world_size == 1 else 16
         self.leads = self.fabric.global_rank == 0  # the process that writes and prints
         self.shown = shown and self.leads
         if saved is not None:
@@ -144,19 +146,20 @@ class Trainer:
             totals += torch.stack([outcome.loss.double() * count, correct, totals.new_tensor(count)])
             self.at.batches += 1
             self.at.batch += 1
-            self.at.seconds = clock.read()
             progress.advance()
-            now = time.monotonic()
-            stop = deadline is not None and now > deadline
-            if (stop or now - saved > self.config.save_every) and self.at.batch < self.source.batches:
-                self.at.seconds = clock.pause()
-                self.at.totals = totals.tolist()
-                self._save()
-                saved = time.monotonic()
-                if stop:
-                    return False
-                clock = Clock(self.device, self.at.seconds)
-        self.at.seconds = clock.pause()
+            if self.at.batches % self.agree_every == 0:
+                now = time.monotonic()
+                due = (clock.read(), deadline is not None and now > deadline, now - saved > self.config.save_every)
+                self.at.seconds, stop, save = self.fabric.broadcast(due)
+                if (stop or save) and self.at.batch < self.source.batches:
+                    self.at.seconds = self.fabric.broadcast(clock.pause())
+                    self.at.totals = totals.tolist()
+                    self._save()
+                    if stop:
+                        return False
+                    saved = time.monotonic()
+                    clock = Clock(self.device, self.at.seconds)
+        self.at.seconds = self.fabric.broadcast(clock.pause())
         self.at.totals = totals.tolist()
         return True
 
