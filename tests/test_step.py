@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
 
@@ -590,3 +591,23 @@ def test_an_output_is_not_handed_on_when_the_weights_change() -> None:
     with torch.no_grad():
         model.first[0].bias.sub_(1.0)
         torch.testing.assert_close(seen[1], model.first(x))
+
+
+@pytest.mark.parametrize("stem", ["conv", "conv_relu", "conv_bn", "module"])
+def test_nothing_of_a_step_outlives_it(stem: str) -> None:
+    def live() -> int:
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+    model = network(STEMS[stem])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step(model)
+        gc.collect()
+        gc.disable()
+        try:
+            before = live()
+            for _ in range(3):
+                step(model)
+            assert live() == before
+        finally:
+            gc.enable()

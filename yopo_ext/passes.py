@@ -174,8 +174,8 @@ class Passes:
         """
         self.carry.wanted = more
         leaf = eta.detach().requires_grad_()
-        reached: list[Tensor] = []
-        leaf.register_post_accumulate_grad_hook(reached.append)
+        reached: list[None] = []
+        leaf.register_post_accumulate_grad_hook(lambda _: reached.append(None))  # to keep the leaf would be a cycle
         with torch.no_grad():
             u = normalised(self.x + eta, self.normalisation.mean, self.normalisation.std)
         circumstances = (self.base.training, bool(self.normalisation.mean))
