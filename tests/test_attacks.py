@@ -300,6 +300,11 @@ def test_callable_loss_with_any_targets():
         assert (found.loss >= -(model(x) - target).square().sum(1) - 0.2).all()
 
 
+def test_labels_beyond_the_classes_are_named():
+    with pytest.raises(ValueError, match=r"y must hold labels in \[0, 3\]; got 9"):
+        pgd(small_net(), X, torch.full_like(Y, 9), eps=0.1, step_size=0.05, steps=1)
+
+
 def test_margin_is_positive_exactly_where_misclassified():
     logits = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
     y = torch.arange(100) % 5
@@ -325,7 +330,7 @@ X, Y = data()
         ({"norm": "l1"}, ValueError, "norm must be one of 'linf', 'l2'; got 'l1'"),
         ({"norm": "l2", "eps": [0.1, 0.1, 0.1]}, ValueError, "eps must be a single number"),
         ({"loss": "mse"}, ValueError, "loss must be one of 'ce', 'margin'; got 'mse'"),
-        ({"init": "random"}, ValueError, "init must be one of 'uniform', 'zero'; got 'random'"),
+        ({"init": "random"}, ValueError, "init must be 'uniform', 'zero' or a tensor like x; got 'random'"),
         ({"init": torch.zeros(1)}, ValueError, "init must have shape"),
         ({"bn_mode": "off"}, ValueError, "bn_mode must be one of 'eval', 'train'"),
         ({"keep": "first"}, ValueError, "keep must be one of 'last', 'best'"),
@@ -338,7 +343,7 @@ X, Y = data()
         ({"x": X[0]}, ValueError, "x must have shape"),
         ({"y": Y[:3]}, ValueError, "y must have shape"),
         ({"y": Y.float()}, TypeError, "y must be int64"),
-        ({"y": Y - 10}, ValueError, "y must be labels"),
+        ({"y": Y - 10}, ValueError, "y must hold labels >= 0"),
     ],
 )
 def test_bad_arguments_are_named(change, error, message):

@@ -26,8 +26,6 @@ __all__ = ["AdmissibleSet", "AttackResult", "margin", "pgd"]
 Norm = Literal["linf", "l2"]
 SampleLoss = Callable[[Tensor, Tensor], Tensor]  # (logits [B, classes], y) -> [B]
 
-TOLERANCE = 1e-6  # how far a pixel may lie outside the bounds before it is an error
-
 
 @dataclass(frozen=True)
 class AttackResult:
@@ -127,6 +125,7 @@ def pgd(
     mean: Constants | None = None,
     std: Constants | None = None,
     generator: torch.Generator | None = None,
+    validate: bool | None = None,
 ) -> AttackResult:
     """Raise the loss of `model` by projected gradient steps on a perturbation of `x`.
 
@@ -150,11 +149,14 @@ def pgd(
         keep: the "last" iterate of each restart, or the "best" of all its iterates.
         mean, std: the model's input normalisation, in x's units; numbers or one per channel.
         generator: source of the random starts, on x's device.
+        validate: whether to check the values of x and y; None: on CPU.
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what is allowed.
     """
-    _check(x, y, eps, step_size, bounds, norm, loss, init, mean, std)
+    check_labels = _check(
+        model, x, y, eps, step_size, bounds, norm, loss, init, mean, std, generator, validate
+    )  # fmt: skip
     validation.integer("steps", steps, 0)
     validation.integer("restarts", restarts, 1)
     validation.choice("bn_mode", bn_mode, ("eval", "train"))
@@ -171,6 +173,7 @@ def pgd(
         steps=steps,
         loss=LOSSES[loss] if isinstance(loss, str) else loss,
         keep=keep,
+        check_labels=check_labels,
         normalisation=None if mean is None or std is None else (broadcast(mean, x), broadcast(std, x)),
     )
     with ExitStack() as stack:
@@ -197,6 +200,7 @@ class _Ascent:
     steps: int
     loss: SampleLoss
     keep: str
+    check_labels: bool
     normalisation: tuple[Tensor, Tensor] | None
 
     def logits(self, u: Tensor) -> Tensor:
@@ -211,6 +215,8 @@ class _Ascent:
         for _ in range(self.steps):
             eta = eta.detach().requires_grad_()
             logits = self.logits(x + eta)
+            if self.check_labels:
+                validation.label_values(y, logits.shape[1], ignore_index=0)  # 0 is a class: none is ignored
             losses = self.loss(logits, y)
             # Summed, not averaged: a sample's gradient must not shrink as the batch grows.
             (gradient,) = torch.autograd.grad(losses.sum(), eta)
@@ -257,6 +263,7 @@ def _start(init: str | Tensor, x: Tensor, ball: AdmissibleSet, generator: torch.
 
 
 def _check(
+    model: nn.Module,
     x: Tensor,
     y: Tensor,
     eps: Constants,
@@ -267,32 +274,29 @@ def _check(
     init: str | Tensor,
     mean: Constants | None,
     std: Constants | None,
-) -> None:
-    validation.floating("x", validation.tensor("x", x, (None,) * 4), validation.X_DTYPES)
+    generator: torch.Generator | None,
+    validate: bool | None,
+) -> bool:
+    """Raise for a bad argument; returns whether labels are still to be compared with the number of classes."""
+    validation.model(model)
+    validation.images(x)
+    validation.same_device("x", x, model)
     channels = x.shape[1]
     _, _, lo, hi = validation.threat_model(eps, step_size, bounds, norm, channels)
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std must be given together; got only one of them")
-    if mean is not None and std is not None:
-        validation.constants("mean", mean, channels)
-        if min(validation.constants("std", std, channels)) <= 0:
-            raise ValueError(f"std must be > 0; got {std!r}")
-    if isinstance(init, Tensor):
-        validation.floating("init", validation.tensor("init", init, tuple(x.shape), like=x), (x.dtype,))
-    else:
-        validation.choice("init", init, ("uniform", "zero"))
-    if callable(loss):
-        if len(y) != len(x):
-            raise ValueError(f"y must have one entry per sample ({len(x)}); got {len(y)}")
-    else:
+    validation.normalisation(mean, std, channels)
+    validation.perturbation(init, x, ("uniform", "zero"))
+    validation.generator(generator, x)
+    labels = not callable(loss)
+    if labels:
         validation.choice("loss", loss, tuple(LOSSES))
         if validation.tensor("y", y, (len(x),), like=x).dtype != torch.int64:
             raise TypeError(f"y must be int64 class labels; got {str(y.dtype).removeprefix('torch.')}")
-    if x.device.type == "cpu" and x.numel():  # on an accelerator this would wait for it
-        if not torch.isfinite(x).all():
-            raise ValueError("x must be finite; got NaN or infinite values")
-        below, above = broadcast(lo, x) - TOLERANCE, broadcast(hi, x) + TOLERANCE
-        if bool((x < below).any()) or bool((x > above).any()):
-            raise ValueError(f"x must lie in bounds {bounds!r}; got values from {x.min():g} to {x.max():g}")
-        if not callable(loss) and int(y.min()) < 0:
-            raise ValueError(f"y must be labels in 0..classes-1; got {int(y.min())}")
+    elif len(y) != len(x):
+        raise ValueError(f"y must have one entry per image of x ({len(x)}); got {len(y)}")
+    # An attack has no first call to tell apart: on an accelerator values are looked at only when asked for.
+    wanted = validation.values_wanted(validate, x, first_call=False)
+    if wanted:
+        validation.image_values(x, lo, hi)
+        if labels and y.numel() and int(y.min()) < 0:
+            raise ValueError(f"y must hold labels >= 0; got {int(y.min())}")
+    return wanted and labels
