@@ -100,15 +100,15 @@ def refuse(step, changes: dict, error: type[Exception], message: str, used_befor
     with pytest.raises(error, match=message):
         step(options.pop("model"), options.pop("x"), options.pop("y"), **options)
     assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
+    # What only the output shows, after a forward pass, is taken back in the first call alone.
+    if not (used_before and "must return a scalar" in message):
+        assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
     assert all("forward" not in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize("used_before", [False, True])
 @pytest.mark.parametrize(("changes", "error", "message"), CASES)
 def test_yopo_step_refuses(changes: dict, error: type[Exception], message: str, used_before: bool) -> None:
-    if used_before and "must return a scalar" in message:
-        pytest.skip("seen after a forward pass, whose buffers are only restored in the first call")
     refuse(yopo_step, changes, error, message, used_before)
 
 

@@ -222,19 +222,19 @@ class Discovery:
                 if self.found is not None:
                     self.found.now = None
 
-    def _watch(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    def _watch(self, layer: nn.Module) -> Callable[..., Tensor]:
         original = self.originals[layer]
 
-        def forward(input: Tensor) -> Tensor:
-            observed = input
+        def forward(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if self.found is None:
-                if self.now.normalisation_before(observed, Normalisation()) is None:
-                    self.passed_over.append(f"{type(layer).__name__} on an input of shape {list(observed.shape)}")
+                if self.now.normalisation_before(input, Normalisation()) is None:
+                    self.passed_over.append(f"{type(layer).__name__} on an input of shape {list(input.shape)}")
                 else:
                     self.found = Interposition(layer, self.plans[layer], original)
-                    self.found.check_channels(observed)
+                    self.found.check_channels(input)
                     self.found.begin(self.now)
-            mine = self.found is not None and self.found.layer is layer
-            return self.found(observed) if mine else original(observed)  # type: ignore[misc]
+            if self.found is not None and self.found.layer is layer:
+                return self.found(input, *args, **kwargs)
+            return original(input, *args, **kwargs)
 
         return forward

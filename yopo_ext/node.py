@@ -49,7 +49,8 @@ def costate_for(p: Tensor, x: Tensor) -> Tensor:
 def threat_tensor(*constants: list[float]) -> Tensor:
     """step_size, eps, lo, hi, each with 1 or C values, as the node takes them."""
     width = max(map(len, constants))
-    return torch.tensor([values * (width // len(values)) for values in constants], dtype=torch.float64)
+    rows = [values * (width // len(values)) for values in constants]
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
 def threat_constants(threat: Tensor) -> list[list[float]]:

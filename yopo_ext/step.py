@@ -74,7 +74,8 @@ def yopo_step(
     the first and the costate p = dL/d(first-layer output); with p fixed, n = `inner_steps` projected gradient steps on
     <p, first_layer(x + eta)> move eta. The model runs in the modes it is in, once per pass (BatchNorm statistics move m
     times). Nothing is zeroed and no optimizer is stepped; the cost is 3m units (forward = input gradient = weight
-    gradient = 1), 2m + 1 with `train_on="last"`.
+    gradient = 1), 2m + 1 with `train_on="last"`. The first pass through a model, in training and in evaluation mode, is
+    looked at closely and runs uncompiled.
 
     Args:
         model: called as `model(u)`, u = x + eta, or (u - mean) / std if those are given. May be wrapped in
