@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from yopo_ext.attacks import AdmissibleSet
-from yopo_ext.training.adversaries import SUITES, Apgd, AutoAttack, PgdAttack, parse_attack
+from yopo_ext.training.adversaries import SUITES, Apgd, AutoAttack, PgdAttack, parse_attack, parse_attacks
 from yopo_ext.training.apgd import apgd, dlr_targeted
 from yopo_ext.training.config import TrainConfig
 from yopo_ext.training.evaluation import alarms, evaluate
@@ -80,6 +80,8 @@ def test_without_the_package_the_message_says_what_to_install(robust_model, digi
     monkeypatch.setattr("yopo_ext.training.adversaries.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="attack 'square' needs a package: pip install pyautoattack"):
         evaluate(robust_model, digits.test.first(4), THREAT, [AutoAttack(square=True)])
+    with pytest.raises(ModuleNotFoundError, match="attack 'autoattack' needs a package"):
+        parse_attacks((*SUITES["full"][:5], "autoattack"))
 
 
 def test_masked_gradients_raise_the_alarm():

@@ -93,13 +93,15 @@ class AutoAttack:
     def passes(self) -> int:
         return 5000 if self.square else 5000 + 202 + 2 * 1818
 
+    def require(self) -> None:
+        """Raise ModuleNotFoundError if neither package is installed."""
+        if find_spec("pyautoattack") is None and find_spec("autoattack") is None:
+            raise ModuleNotFoundError(f"attack {self.name!r} needs a package: pip install pyautoattack")
+
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
     ) -> Tensor:
-        """
-        Raises:
-            ModuleNotFoundError: neither package is installed.
-        """
+        self.require()
         norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
         options = {"norm": norm, "eps": threat.eps, "seed": generator.initial_seed() % 2**31, "device": x.device}
         chosen = ["square"] if self.square else ["apgd-ce", "apgd-t", "fab-t", "square"]
@@ -110,14 +112,12 @@ class AutoAttack:
             ensemble = Ensemble(wrapped, version="custom", attacks=chosen, **options)
             _as_in_the_standard_version(ensemble)
             attacked, _ = ensemble.run_standard_evaluation(x, y, batch_size=max(len(x), 1))
-        elif find_spec("autoattack") is not None:
+        else:
             from autoattack import AutoAttack as Ensemble
 
             ensemble = Ensemble(wrapped, version="custom", attacks_to_run=chosen, verbose=False, **options)
             _as_in_the_standard_version(ensemble)
             attacked = ensemble.run_standard_evaluation(x, y, bs=max(len(x), 1))
-        else:
-            raise ModuleNotFoundError(f"attack {self.name!r} needs a package: pip install pyautoattack")
         return attacks.AdmissibleSet(x, threat.eps, threat.norm, threat.bounds).project(attacked - x)
 
 
@@ -152,6 +152,20 @@ def parse_attack(text: str) -> Attack:
         raise ValueError(f"attack must look like {shapes} or be one of {', '.join(named)}; got {text!r}")
     restarts = int(numbers[1]) if len(numbers) == 2 else 1
     return PgdAttack(int(numbers[0]), restarts, loss="ce" if kind == "pgd" else "margin")
+
+
+def parse_attacks(texts: Sequence[str]) -> list[Attack]:
+    """The attacks, all of which can be run here.
+
+    Raises:
+        ValueError: for an unknown attack.
+        ModuleNotFoundError: for one whose package is not installed.
+    """
+    found = [parse_attack(text) for text in texts]
+    for attack in found:
+        if isinstance(attack, AutoAttack):
+            attack.require()
+    return found
 
 
 def passes(attack_list: Sequence[Attack]) -> int:

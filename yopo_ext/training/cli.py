@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare = {"train": _train, "evaluate": _evaluate, "compare": _compare, "export": _export}[command]
     try:
         job = prepare(given[command])
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"yopo-ext {command}: error: {error}", file=sys.stderr)
         return 2
     return job()
@@ -250,12 +250,12 @@ def default_folder(command: str, config: TrainConfig) -> Path:
 
 
 def _plan(runs: Sequence[tuple[str, TrainConfig]], test_attacks: Sequence[str] = ()) -> Job:
-    from yopo_ext.training.adversaries import parse_attack
+    from yopo_ext.training.adversaries import parse_attacks
     from yopo_ext.training.datasets import dataset_of
     from yopo_ext.training.estimate import Estimate, duration, estimate
 
     dataset = dataset_of(runs[0][1])
-    attacks = [parse_attack(a) for a in test_attacks]
+    attacks = parse_attacks(test_attacks)
 
     def job() -> int:
         seen: dict[str, Estimate] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from yopo_ext.training.adversaries import parse_attack
+from yopo_ext.training.adversaries import parse_attacks
 from yopo_ext.training.checkpoint import MetricsFile, write_atomically, write_json
 from yopo_ext.training.config import CompareConfig, TrainConfig, resolve
 from yopo_ext.training.data import Dataset
@@ -45,8 +45,7 @@ def plan(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
         values = getattr(config, name)
         if len(values) == 0 or len(set(values)) != len(values):
             raise ValueError(f"{name} must be a list without repetitions, at least one long; got {list(values)}")
-    for attack in config.test_attacks:
-        parse_attack(attack)
+    parse_attacks(config.test_attacks)
     runs = []
     for turn, seed in enumerate(config.seeds):
         shift = turn % len(config.methods)
@@ -131,7 +130,7 @@ def run_and_test(
     result = trainer.fit(deadline)
     if result is None:
         return None
-    attacks = [parse_attack(a) for a in config.test_attacks]
+    attacks = parse_attacks(config.test_attacks)
     found = evaluate_in_parts(
         result.network,
         result.dataset.test.first(config.test_samples),

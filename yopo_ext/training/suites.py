@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from yopo_ext import validation
-from yopo_ext.training.adversaries import SUITES, parse_attack, passes
+from yopo_ext.training.adversaries import SUITES, parse_attacks, passes
 from yopo_ext.training.checkpoint import load_checkpoint, tested_weights, write_json
 from yopo_ext.training.config import EvaluateConfig, TrainConfig, threat_model
 from yopo_ext.training.datasets import dataset_of
@@ -30,7 +30,7 @@ class CheckpointTest:
         self.config = config
         validation.choice("suite", config.suite, tuple(SUITES))
         names = SUITES[config.suite] if config.attacks is None else config.attacks
-        self.attacks = [parse_attack(name) for name in names]
+        self.attacks = parse_attacks(names)
         validation.choice("split", config.split, ("test", "validation"))
         validation.integer("seed", config.seed, 0)
         if config.samples is not None:
