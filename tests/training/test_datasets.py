@@ -1,0 +1,83 @@
+import struct
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+from yopo_ext.training.config import PRESETS
+from yopo_ext.training.datasets import DATASETS, load_dataset
+from yopo_ext.training.vision import import_torchvision
+
+needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+
+
+def test_every_data_set_has_its_defaults():
+    assert set(PRESETS) == set(DATASETS)
+
+
+@needs_torchvision
+def test_torchvision_imports_in_a_fresh_process():
+    """Also where its binary was built for another torch: see `import_torchvision`."""
+    script = "from yopo_ext.training.vision import import_torchvision as i; print(i().__name__, i().datasets.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == ["torchvision", "torchvision.datasets"], done.stderr
+
+
+@needs_torchvision
+def test_mnist_files(tmp_path):
+    import_torchvision()
+    generator = np.random.default_rng(0)
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    pixels = {}
+    for part, count in (("train", 60), ("t10k", 20)):
+        pixels[part] = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        images = struct.pack(">iiii", 2051, count, 28, 28) + pixels[part].tobytes()
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 2049, count) + labels.tobytes())
+    data = load_dataset("mnist", tmp_path, validation=20)
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [40, 20, 20]
+    assert data.shape == (1, 28, 28)
+    assert torch.equal(data.test.images[:, 0], torch.from_numpy(pixels["t10k"]))
+    torch.testing.assert_close(data.test.x()[3, 0, 5, 7].item(), pixels["t10k"][3, 5, 7] / 255, rtol=1e-6, atol=0)
+    seen = torch.cat([data.train.images, data.validation.images]).flatten(1)
+    assert len(seen.unique(dim=0)) == 60
+
+
+@needs_torchvision
+def test_image_folders(tmp_path):
+    vision = import_torchvision()
+    from PIL import Image
+
+    for part, count in (("train", 8), ("val", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(count):
+                mode = "L" if number == 0 else "RGB"
+                Image.new(mode, (40, 30), 200 * label).save(tmp_path / part / name / f"{number}.png")
+    assert vision is not None
+    data = load_dataset("imagefolder", tmp_path, validation=4, image_size=16)
+    assert data.classes == 2
+    assert data.shape == (3, 16, 16)
+    assert [len(s) for s in (data.train, data.validation, data.test)] == [12, 4, 4]
+    assert (data.test.images[data.test.labels == 0] == 0).all()
+    with pytest.raises(ValueError, match="data_dir must hold a folder train of class folders"):
+        load_dataset("imagefolder", tmp_path / "train", validation=4)
+
+
+@needs_torchvision
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100", "svhn"])
+def test_nothing_is_downloaded_unasked(tmp_path, name):
+    with pytest.raises(ValueError, match=f"data_dir must hold {name}, or give download"):
+        load_dataset(name, tmp_path)
+    assert not list(tmp_path.rglob("*.gz"))
+
+
+@pytest.mark.parametrize("validation", [9, 1340])
+def test_validation_must_leave_samples_of_every_class(validation):
+    with pytest.raises(ValueError, match=r"validation_size must be between 10 and 1337; got"):
+        load_dataset("digits", validation=validation)
