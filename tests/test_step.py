@@ -174,6 +174,22 @@ def test_after_pass_sees_complete_gradients_and_may_update() -> None:
     assert not torch.equal(result.losses, step(small(), outer_steps=3).losses)
 
 
+def test_gradients_are_not_divided_when_every_pass_is_an_update() -> None:
+    seen: list[list[torch.Tensor]] = []
+    for reduction in (None, "sum", "mean"):
+        model, first = small(), []
+
+        def after_pass(j: int, model: torch.nn.Module = model, first: list[torch.Tensor] = first) -> None:
+            if j == 0:
+                first.extend(p.grad.clone() for p in model.parameters())
+
+        step(model, outer_steps=3, after_pass=after_pass, reduction=reduction)
+        seen.append(first)
+    for default, whole, mean in zip(*seen, strict=True):
+        assert torch.equal(default, whole)
+        torch.testing.assert_close(default, 3 * mean)
+
+
 def test_after_pass_is_not_called_for_passes_that_do_not_train() -> None:
     calls: list[int] = []
     step(small(), outer_steps=3, after_pass=calls.append, train_on="last")

@@ -69,12 +69,12 @@ def update(threat: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 _NUMBERS = "float[] step_size, float[] eps, float[] lo, float[] hi, "
 _library = torch.library.Library("yopo_ext", "FRAGMENT")
 _library.define(
-    "first_layer_update_by_tensor" + ops._SCHEMA.replace("(Tensor x", "(Tensor threat, Tensor x").replace(_NUMBERS, ""),
+    "first_layer_update_by_tensor" + ops.SCHEMA.replace("(Tensor x", "(Tensor threat, Tensor x").replace(_NUMBERS, ""),
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("first_layer_update_by_tensor", update, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "yopo_ext::first_layer_update_by_tensor", lambda threat, *arguments: ops._fake(*arguments), lib=_library
+    "yopo_ext::first_layer_update_by_tensor", lambda threat, *arguments: ops.fake(*arguments), lib=_library
 )
 update_operator = torch.ops.yopo_ext.first_layer_update_by_tensor.default
 

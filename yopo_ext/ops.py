@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _native, reference
 
-_SCHEMA = (
+SCHEMA = (
     "(Tensor x, Tensor eta, Tensor costate, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     "float[] mean, float[] std, int[] stride, int[] padding, int[] dilation, int groups, int activation, "
     "float negative_slope, int steps, float[] step_size, float[] eps, float[] lo, float[] hi, int norm, "
@@ -21,7 +21,7 @@ _SCHEMA = (
 _library = torch.library.Library("yopo_ext", "DEF")
 
 
-def _fake(x, eta, costate, weight, bias, scale, shift, *rest) -> reference.Outputs:
+def fake(x, eta, costate, weight, bias, scale, shift, *rest) -> reference.Outputs:
     need_output, need_weight_grad = rest[-3], rest[-2]
 
     def grad(parameter: Tensor | None) -> Tensor:
@@ -33,9 +33,9 @@ def _fake(x, eta, costate, weight, bias, scale, shift, *rest) -> reference.Outpu
 
 
 for _name in ("first_layer_update", "first_layer_update_reference"):
-    _library.define(_name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(_name + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, reference.first_layer_update, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"yopo_ext::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"yopo_ext::{_name}", fake, lib=_library)
 
 native_status = _native.status()
 

@@ -234,9 +234,9 @@ def first_layer_update(
     grad_weight, grad_bias, grad_scale, grad_shift) with empty tensors where a result was not asked for or does not exist.
     """
 
-    def constant(values: list[float]) -> Tensor:
-        t = torch.tensor(values, dtype=x.dtype, device=x.device)
-        return t if t.numel() == 1 else t[:, None, None]
+    def constant(values: list[float]) -> Tensor:  # made on the device: a copy from the host would wait for it
+        t = [x.new_full((), value) for value in values]
+        return t[0] if len(t) == 1 else torch.stack(t)[:, None, None]
 
     f0 = _FirstLayer(
         weight, bias, scale, shift, constant(mean) if mean else None, constant(std) if std else None,

@@ -121,7 +121,8 @@ def yopo_step(
     validation.choice("train_on", train_on, ("all", "last"))
     if reduction is not None:
         validation.choice("reduction", reduction, ("mean", "sum"))
-    mean_over_passes = reduction == "mean" or (reduction is None and gradient != "released")
+    one_update = after_pass is None  # else every pass is an update of its own, and a mean would divide its step
+    mean_over_passes = reduction == "mean" or (reduction is None and gradient != "released" and one_update)
     step = Preparation(
         model, x, y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps, inner_steps=inner_steps,
         eps=eps, step_size=step_size, norm=norm, bounds=bounds, mean=mean, std=std, backward=backward,
