@@ -97,7 +97,6 @@ class Method:
 
     name: ClassVar[str]
     numbers: ClassVar[tuple[str, ...]] = ()  # options that a name such as "yopo-5-3" sets
-    lr_scale: ClassVar[float] = 1.0  # learning rate relative to the data set's default
     selects_by: ClassVar[Literal["robust", "clean"]] = "robust"  # validation accuracy that picks the best checkpoint
 
     def cost(self) -> Cost:
@@ -110,6 +109,11 @@ class Method:
 
     def check(self, threat: ThreatModel) -> None:
         """Raise ValueError if the method does not work under this threat model."""
+
+    @property
+    def lr_scale(self) -> float:
+        """The default learning rate relative to that of PGD training on the same data set."""
+        return 1.0
 
     @property
     def keeps(self) -> tuple[str, ...]:

@@ -25,7 +25,6 @@ class FgsmMep(Method):
     """The forward at the start serves attack and regulariser alike: 2 forwards, 3 input and 2 weight gradients."""
 
     name: ClassVar[str] = "fgsm-mep"
-    lr_scale: ClassVar[float] = 0.5
 
     step_size: float | None = option(None, "length of the step, in pixel units (default: eps)")
     decay: float = option(0.3, "momentum kept from epoch to epoch")
@@ -39,6 +38,10 @@ class FgsmMep(Method):
     def check(self, threat: ThreatModel) -> None:
         if threat.norm != "linf":
             raise ValueError(f"norm must be 'linf' for method {self.name!r}; got {threat.norm!r}")
+
+    @property
+    def lr_scale(self) -> float:
+        return 0.5
 
     def cost(self) -> Cost:
         return Cost(2, 3, 2)

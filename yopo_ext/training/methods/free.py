@@ -19,12 +19,15 @@ class Free(Method):
 
     name: ClassVar[str] = "free"
     numbers: ClassVar[tuple[str, ...]] = ("replays",)
-    lr_scale: ClassVar[float] = 0.2
     replays: int = option(8, "m: passes, and weight updates, per batch")
     step_size: float | None = option(None, "length of one step, in pixel units (default: eps)")
 
     def __post_init__(self) -> None:
         validation.integer("replays", self.replays, 1)
+
+    @property
+    def lr_scale(self) -> float:
+        return 0.2
 
     def cost(self) -> Cost:
         return Cost(self.replays, self.replays, self.replays)

@@ -21,7 +21,6 @@ START = 1e-3  # standard deviation of the attack's start: at zero the divergence
 class Trades(Method):
     name: ClassVar[str] = "trades"
     numbers: ClassVar[tuple[str, ...]] = ("steps",)
-    lr_scale: ClassVar[float] = 0.5
 
     steps: int = option(10, "gradient steps of the attack")
     step_size: float | None = option(None, "length of one step, in pixel units (default: eps / 4)")
@@ -32,6 +31,10 @@ class Trades(Method):
         validation.integer("steps", self.steps, 1)
         if self.beta < 0:
             raise ValueError(f"beta must be >= 0; got {self.beta}")
+
+    @property
+    def lr_scale(self) -> float:
+        return 0.5
 
     def cost(self) -> Cost:
         # Clean logits once for the attack; then one update through a clean and an attacked forward.

@@ -14,7 +14,6 @@ from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, defau
 class TradesYopo(Method):
     name: ClassVar[str] = "trades-yopo"
     numbers: ClassVar[tuple[str, ...]] = ("outer_steps", "inner_steps")
-    lr_scale: ClassVar[float] = 0.5
 
     outer_steps: int = option(3, "m: full passes of the attack")
     inner_steps: int = option(4, "n: adversary steps in the first layer after each pass")
@@ -27,6 +26,10 @@ class TradesYopo(Method):
         validation.integer("inner_steps", self.inner_steps, 1)
         if self.beta < 0:
             raise ValueError(f"beta must be >= 0; got {self.beta}")
+
+    @property
+    def lr_scale(self) -> float:
+        return 0.5
 
     def cost(self) -> Cost:
         # Clean logits once for the attack, m passes, then one update through a clean and an attacked forward.

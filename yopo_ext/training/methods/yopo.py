@@ -31,6 +31,11 @@ class Yopo(Method):
                 "train_on must be 'all' with update_every='pass': the other passes yield no weight gradient"
             )
 
+    @property
+    def lr_scale(self) -> float:
+        # As for Free training, which also updates after every pass: at the full rate few-pass YOPO collapses.
+        return 0.2 if self.update_every == "pass" else 1.0
+
     def cost(self) -> Cost:
         m = self.outer_steps
         return Cost(m, m, m if self.train_on == "all" else 1)
