@@ -44,14 +44,12 @@ struct FusedGradient : FusedTile<V> {
     });
   }
 
-  // Asks for the next band's first chunk while this one is computed, without a register.
-  YOPO_DEVICE void prefetch_chunk(const CostateImage<Costate>& costates, int begin, int count) const {
+  // Asks for the next band's costates while this one is computed, without a register.
+  YOPO_DEVICE void prefetch_band(const CostateImage<Costate>& costates, int begin, int count) const {
     const int pixel = pixel_in_band(begin);
     if (pixel + 1 >= count) return;
     const int offset0 = costate_offset(costates, pixel), offset1 = costate_offset(costates, pixel + 1);
-#pragma unroll
-    for (int step = 0; step < V::kChunk; ++step)
-      if (step * 8 < K) costates.prefetch_block(offset0, offset1, step * 8 + 2 * member);
+    for (int k = 0; k < K; k += 8) costates.prefetch_block(offset0, offset1, k + 2 * member);
   }
 
   // ---- 3) T of one band of pixels: 16 per warp ----
@@ -63,7 +61,7 @@ struct FusedGradient : FusedTile<V> {
     for (int k0 = 0; k0 < K; k0 += V::kChunk * 8) {
       Chunk q;
       load_chunk(q, costates, begin, count, k0);
-      if (k0 == 0) prefetch_chunk(costates, begin + kRow.band_pixels, count);
+      if (k0 == 0) prefetch_band(costates, begin + kRow.band_pixels, count);
 #pragma unroll
       for (int step = 0; step < V::kChunk; ++step) {
         const int k = k0 + step * 8;

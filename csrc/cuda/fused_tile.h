@@ -30,7 +30,7 @@ struct FusedTraits {
   static constexpr int kResultTiles = kHeavy ? 1 : kRow.result_tiles;
   static constexpr int kPixelTiles = kPrecise && kTiles > 4 ? 1 : 2;  // n-tiles of 8 pixels whose results come together
   static constexpr int kUnroll = kTiles <= 4 ? kTiles : 2;            // of loops over columns that hold no accumulators
-  static constexpr int kChunk = kActivation == Compiled::kAny ? 1 : kPrecise ? kRow.chunk / 2 : kRow.chunk;
+  static constexpr int kChunk = kActivation == Compiled::kAny ? 1 : kPrecise || !kAffine ? kRow.chunk / 2 : kRow.chunk;
   using Costate = Costate_;
 };
 
