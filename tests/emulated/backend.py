@@ -15,8 +15,6 @@ from pathlib import Path
 import torch
 from policy import as_dict
 
-from yopo_ext import ops
-
 FORWARD, REVERSE, RANDOM = 0, 1, 2
 SCHEDULES = {"forward": (FORWARD, 0), "reverse": (REVERSE, 0), "random": (RANDOM, 11)}
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -86,11 +84,24 @@ def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(float("nan")) if tensor.numel() else tensor
 
 
+def _results(a: dict) -> tuple[torch.Tensor, ...]:
+    """Empty results of the shapes, dtypes and strides the operator promises, full of NaN."""
+    x, costate = a["x"], a["costate"]
+
+    def gradient(parameter: torch.Tensor | None) -> torch.Tensor:
+        wanted = a["need_weight_grad"] and parameter is not None
+        return torch.empty_like(parameter, dtype=x.dtype) if wanted else x.new_empty(0)
+
+    output = torch.empty_like(costate) if a["need_output"] else costate.new_empty(0)
+    gradients = (gradient(a[name]) for name in ("weight", "bias", "scale", "shift"))
+    return tuple(_poisoned(t) for t in (torch.empty_like(x), output, *gradients))
+
+
 def prepare(arguments: tuple) -> tuple[dict, tuple[torch.Tensor, ...]]:
     """(what the module takes, the results it will fill)."""
     a = as_dict(arguments)
     x, eta, costate, weight = a["x"], a["eta"], a["costate"], a["weight"].contiguous()
-    results = tuple(_poisoned(t) for t in ops._fake(*arguments))
+    results = _results(a)
     d = {k: a[k] for k in ("groups", "stride", "padding", "dilation", "activation", "norm", "negative_slope", "steps")}
     d |= {k: a[k] for k in ("allow_tf32", "mean", "std", "step_size", "eps", "lo", "hi")}
     d |= dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
