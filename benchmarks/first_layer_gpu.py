@@ -18,7 +18,7 @@ from typing import Any
 
 import measure
 import torch
-from first_layer import Case, Inputs, collapsed, eager, ours, verify
+from first_layer import EPS, STEP, Case, Inputs, collapsed, eager, ours, verify
 from torch import Tensor
 
 import yopo_ext
@@ -92,6 +92,13 @@ def timed(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     return {name: [s.elapsed_time(e) * 1e3 for s, e in pairs] for name, pairs in events.items()}
 
 
+def explain(case: Case, i: Inputs) -> str:
+    geometry = {"stride": case.stride, "padding": case.padding, "activation": case.activation}
+    return str(
+        yopo_ext.explain(i.x, i.eta, i.costate, i.weight, i.bias, **geometry, steps=case.steps, step_size=STEP, eps=EPS)
+    )
+
+
 def run(case: Case, rounds: int) -> dict[str, Any]:
     inputs = on_device(Inputs.of(case, case.layout))
     torch._dynamo.reset()
@@ -125,8 +132,7 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     ratios["copy"] = own / middle["copy"]  # the only one where less is better
     return {
         "case": case.name, "batch": case.batch, "steps": case.steps, "megabytes": case.bytes() / 1e6, "gflop": case.flops() / 1e9,
-        "variant": str(yopo_ext.explain(inputs.x, inputs.eta, inputs.costate, inputs.weight, inputs.bias, stride=case.stride,
-                                        padding=case.padding, activation=case.activation, steps=case.steps, step_size=0.01, eps=0.03)),
+        "variant": explain(case, inputs),
         "us": middle, "quartiles_us": {name: statistics.quantiles(t, n=4) for name, t in times.items()}, "ratios": ratios,
         "gbytes_per_s": case.bytes() / own / 1e3, "tflops": case.flops() / own / 1e6, "targets": case.targets, "problems": problems,
     }  # fmt: skip

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import backend
 def pytest_collection_modifyitems(items):
     if backend.why_missing is None:
         return
-    if any(map(shutil.which, ("c++", "g++", "clang++"))) and "YOPO_EMULATED_OPTIONAL" not in os.environ:
+    if "failed:" in backend.why_missing:  # the tools are there, so this is a defect and no reason to skip
         raise pytest.UsageError(f"the emulated CUDA kernels could not be built: {backend.why_missing}")
     for item in items:
         if Path(item.path).parent == Path(__file__).parent:

@@ -144,7 +144,8 @@ def test_numbers_of_kernels(kernels, activation):
     [
         {"stride": (2, 2)}, {"dilation": (2, 3), "padding": (2, 3)}, {"padding": (0, 2)}, {"kernel": (1, 5)},
         {"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0)}, {"channels": 2, "kernel": (3, 3), "padding": (4, 0)},
-        {"kernel": (5, 5), "padding": (2, 2)}, {"channels": 16}, {"stride": (2, 2), "size": (10, 10), "kernel": (1, 1), "padding": (0, 0)},
+        {"kernel": (5, 5), "padding": (2, 2)}, {"channels": 16},
+        {"stride": (2, 2), "size": (10, 10), "kernel": (1, 1), "padding": (0, 0)},
     ],
     ids=str,
 )  # fmt: skip

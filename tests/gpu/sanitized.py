@@ -9,10 +9,10 @@ import torch
 
 for folder in ("..", "../emulated"):
     sys.path.insert(0, str((Path(__file__).parent / folder).resolve()))
-from cases import make_arguments
-from variants import AFFINE_PARTS, VARIANTS
+from cases import make_arguments  # noqa: E402
+from variants import AFFINE_PARTS, VARIANTS  # noqa: E402
 
-from yopo_ext import ops
+from yopo_ext import ops  # noqa: E402
 
 count = 0
 for problem in VARIANTS.values():
