@@ -3,6 +3,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 # Looked up, not imported: importing lightning imports torchvision, which not every machine can.
 if any(find_spec(name) is None for name in ("jsonargparse", "lightning", "matplotlib", "sklearn", "tqdm")):
@@ -21,3 +22,11 @@ def digits() -> Dataset:
 def few_digits(digits) -> Dataset:
     """Digits cut down to what a test of mechanics needs."""
     return Dataset("digits", 10, digits.train.first(160), digits.validation.first(30), digits.test.first(40))
+
+
+@pytest.fixture(autouse=True)
+def threads_put_back():
+    """A run may set PyTorch's number of threads; the next test must not notice."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -83,7 +83,9 @@ def test_the_folder_of_a_run(few_digits, tmp_path):
 def test_selection_takes_the_best_validated_epoch_or_the_last(few_digits, tmp_path):
     results = {}
     for select in ("best", "last"):
-        config = TrainConfig(method="natural", epochs=4, lr=0.5, select=select, out=str(tmp_path / select))
+        config = TrainConfig(
+            method="natural", epochs=4, validate_every=1, lr=0.5, select=select, out=str(tmp_path / select)
+        )
         trainer = Trainer(config, dataset=few_digits, shown=False)
         results[select] = trainer.fit()
     records = [json.loads(line) for line in (tmp_path / "best" / "metrics.jsonl").read_text().splitlines()]

@@ -48,6 +48,10 @@ class Dataset:
     validation: Split
     test: Split
 
+    def to(self, device: torch.device) -> Dataset:
+        splits = (split.to(device) for split in (self.train, self.validation, self.test))
+        return Dataset(self.name, self.classes, *splits)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""

@@ -72,7 +72,7 @@ class Trainer:
             torch.set_num_threads(threads)
         self.fabric = make_fabric(self.config)
         self.device = self.fabric.device
-        self.dataset = on_device(dataset or dataset_of(self.config), self.device)
+        self.dataset = (dataset or dataset_of(self.config)).to(self.device)
         self.learner = FabricLearner(self.config, self.method, self.dataset, self.fabric)
         assert self.config.batch_size is not None
         self.source = TensorSource(
@@ -297,9 +297,3 @@ class Clock:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def on_device(dataset: Dataset, device: torch.device) -> Dataset:
-    """The data set with its splits on `device`."""
-    splits = {name: getattr(dataset, name).to(device) for name in ("train", "validation", "test")}
-    return dataclasses.replace(dataset, **splits)
