@@ -1,7 +1,11 @@
+import json
+import re
+
 import pytest
 import torch
 from torch import nn
 
+from yopo_ext.training.alarms import training_alarm
 from yopo_ext.training.config import TrainConfig
 from yopo_ext.training.models import MODELS, ModelEntry
 from yopo_ext.training.trainer import Trainer
@@ -102,10 +106,27 @@ def test_what_a_method_keeps_starts_in_the_ball_and_changes(few_digits):
     assert not momentum.values.any()
 
 
-@pytest.mark.parametrize(("pgd", "train", "alarmed"), [(10.0, 90.0, True), (45.0, 90.0, False), (10.0, 20.0, False)])
-def test_alarm_on_catastrophic_overfitting(few_digits, pgd, train, alarmed):
-    trainer = Trainer(TrainConfig(method="fgsm-rs"), dataset=few_digits, shown=False)
-    record = {"validation_pgd": pgd, "train_accuracy": train}
-    assert not trainer._overfits(record)  # nothing to compare with yet
-    trainer.at.curve = [(1.0, 30.0), (2.0, 50.0)]
-    assert trainer._overfits(record) is alarmed
+@pytest.mark.parametrize(
+    ("clean", "pgd", "train", "alarm"),
+    [
+        (90.0, 10.0, 90.0, "catastrophic overfitting: .* fell from 50.0 % to 10.0 %"),
+        (10.0, 10.0, 10.0, "training collapsed: .* fell from 95.0 % to 10.0 %"),
+        (90.0, 45.0, 90.0, None),
+        (90.0, 10.0, 20.0, None),
+    ],
+)
+def test_alarms_of_training(clean, pgd, train, alarm):
+    record = {"validation_clean": clean, "validation_pgd": pgd, "train_accuracy": train}
+    assert training_alarm({}, record, 10) is None  # nothing to compare with yet
+    assert training_alarm({"validation_clean": 15.0, "validation_pgd": 15.0}, record, 10) is None  # near chance
+    found = training_alarm({"validation_clean": 95.0, "validation_pgd": 50.0}, record, 10)
+    assert found is None if alarm is None else re.search(alarm, found)
+
+
+def test_a_collapse_is_recorded(few_digits, tmp_path):
+    config = TrainConfig(method="pgd-1", epochs=6, validate_every=1, lr=0.05, out=str(tmp_path / "run"))
+    trainer = Trainer(config, dataset=few_digits, shown=False)
+    trainer.at.highest = {"validation_clean": 99.0, "validation_pgd": 70.0}
+    trainer.fit()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "training collapsed" in records[0]["alarm"]

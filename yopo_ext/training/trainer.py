@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.training.adversaries import PgdAttack
+from yopo_ext.training.alarms import training_alarm
 from yopo_ext.training.augment import Augmentation
 from yopo_ext.training.checkpoint import MetricsFile, load_checkpoint, save_checkpoint, write_json
 from yopo_ext.training.config import TrainConfig, differences, resolve
@@ -48,6 +49,7 @@ class Position:
     seconds: float = 0.0
     totals: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, correct, samples
     best: dict[str, float] | None = None
+    highest: dict[str, float] = dataclasses.field(default_factory=dict)  # validation accuracies, by name
     curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (seconds, validation PGD accuracy)
 
 
@@ -110,7 +112,7 @@ class Trainer:
                     return None
                 record = self._end_epoch()
                 if "alarm" in record:
-                    progress.say(record["alarm"])
+                    progress.say(f"ALARM: {record['alarm']}")
                 if metrics is not None:
                     metrics.append(record)
                 self._save()
@@ -180,12 +182,13 @@ class Trainer:
         self.learner.synchronise()
         if self.progress() >= 1.0 or self.at.epoch % (self.config.validate_every or 1) == 0:
             record |= self._validate()
-            if self._overfits(record):
-                record["alarm"] = (
-                    f"catastrophic overfitting? PGD accuracy on validation fell from "
-                    f"{max(accuracy for _, accuracy in self.at.curve):.1f} % to {record['validation_pgd']:.1f} %, "
-                    f"accuracy on the training attack is {record['train_accuracy']:.1f} %"
-                )
+            alarm = None
+            if self.method.selects_by == "robust":
+                alarm = training_alarm(self.at.highest, record, self.dataset.classes)
+            if alarm is not None:
+                record["alarm"] = alarm
+            for name in ("validation_clean", "validation_pgd"):
+                self.at.highest[name] = max(record[name], self.at.highest.get(name, 0.0))
             self.at.curve.append((record["seconds"], record["validation_pgd"]))
             if self._is_best(record):
                 found = {name: value for name, value in record.items() if name.startswith("validation_")}
@@ -205,14 +208,6 @@ class Trainer:
     def _is_best(self, record: dict[str, Any]) -> bool:
         key = {"robust": "validation_pgd", "clean": "validation_clean"}[self.method.selects_by]
         return self.at.best is None or record[key] >= self.at.best[key]
-
-    def _overfits(self, record: dict[str, Any]) -> bool:
-        """Robust accuracy has collapsed while the training attack is met as well as ever."""
-        if self.method.selects_by != "robust" or not self.at.curve:
-            return False
-        best = max(accuracy for _, accuracy in self.at.curve)
-        chance = 100.0 / self.dataset.classes
-        return best > 2 * chance and record["validation_pgd"] < 0.5 * best and record["train_accuracy"] > best
 
     def _finish(self) -> TrainResult:
         network = self.learner.result

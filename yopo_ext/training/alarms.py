@@ -1,0 +1,30 @@
+"""When training goes wrong in a way that the loss alone does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def training_alarm(highest: Mapping[str, float], record: Mapping[str, float], classes: int) -> str | None:
+    """What is wrong with an epoch, if anything.
+
+    Args:
+        highest: the best validation accuracies (percent) of the epochs before; empty in the first.
+        record: `validation_clean`, `validation_pgd` and `train_accuracy` (on the training attack) of the epoch.
+        classes: accuracy by chance is 100 / classes.
+    """
+    chance = 100.0 / classes
+
+    def halved(name: str) -> bool:
+        return highest.get(name, 0.0) > 2 * chance and record[name] < 0.5 * highest[name]
+
+    if halved("validation_clean"):
+        fell = f"from {highest['validation_clean']:.1f} % to {record['validation_clean']:.1f} %"
+        return f"training collapsed: clean accuracy on validation fell {fell}; try a lower learning rate or a warm-up"
+    if halved("validation_pgd") and record["train_accuracy"] > highest["validation_pgd"]:
+        fell = f"from {highest['validation_pgd']:.1f} % to {record['validation_pgd']:.1f} %"
+        return (
+            f"catastrophic overfitting: PGD accuracy on validation fell {fell} while the training attack is met with "
+            f"{record['train_accuracy']:.1f} %; try more attack steps or a smaller step"
+        )
+    return None
