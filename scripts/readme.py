@@ -1,10 +1,11 @@
-"""Writes the README's tables from the committed JSON files; `--check` fails if they differ."""
+"""Writes the documents' tables from the committed JSON files; `--check` fails if they differ."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,9 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def machine(environment: dict[str, Any]) -> str:
-    return f"{environment['cpu']} ({environment['cores']} cores), torch {environment['torch']}, {environment['date']}"
+    torch = environment.get("torch") or environment["packages"]["torch"]
+    date = f", {environment['date']}" if "date" in environment else ""
+    return f"{environment['cpu']} ({environment['cores']} cores), torch {torch}{date}"
 
 
 def demo(data: dict[str, Any]) -> str:
@@ -43,6 +46,25 @@ def demo(data: dict[str, Any]) -> str:
             relative(row["cost_ratio"]),
         ])  # fmt: skip
     return markdown(head, lines) + f"\n\nMean (lowest .. highest seed). {machine(data['environment'])}."
+
+
+def digits_methods(data: dict[str, Any]) -> str:
+    """Accuracies and costs of every method; no seconds: the runs shared their machine with other work."""
+    rows = [*data["rows"], *json.loads((RESULTS / "digits_yopo_variants.json").read_text())["rows"]]
+    lines = [
+        [
+            row["method"],
+            *(f"{statistics.fmean(v):.1f} ± {statistics.stdev(v):.1f}" for v in _accuracies(row)),
+            str(row["cost"]["total"]),
+        ]
+        for row in rows
+    ]
+    head = ["method", "clean %", "PGD-20 %", "units per batch"]
+    return markdown(head, lines) + f"\n\n{machine(data['environment'])}."
+
+
+def _accuracies(row: dict[str, Any]) -> list[list[float]]:
+    return [row["clean"]["per_seed"], row["robust"]["pgd-20"]["per_seed"]]
 
 
 def first_layer_cpu(data: dict[str, Any]) -> str:
@@ -88,9 +110,10 @@ def first_layer_gpu(data: dict[str, Any]) -> str:
     return markdown(head, lines) + f"\n\n{where['gpu']}, torch {where['torch']}, {where['date']}."
 
 
-# marker in the README -> (JSON file, renderer)
+# marker in a document -> (JSON file, renderer)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("digits_comparison", demo),
+    "digits_methods": ("digits_methods", digits_methods),
     "first_layer_cpu": ("first_layer_cpu", first_layer_cpu),
     "training_step_cpu": ("training_step_cpu", training_step_cpu),
     "first_layer_gpu": ("first_layer_gpu", first_layer_gpu),
@@ -107,19 +130,20 @@ def render(readme: str) -> str:
     return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- end -->", table, readme, flags=re.DOTALL)
 
 
+DOCUMENTS = ("README.md", "recipes/README.md")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    written = path.read_text()
-    rendered = render(written)
-    if options.check:
-        if written != rendered:
-            print("README.md differs from the JSON files: run scripts/readme.py", file=sys.stderr)
-        return int(written != rendered)
-    path.write_text(rendered)
-    return 0
+    different = [d for d in DOCUMENTS if (ROOT / d).read_text() != render((ROOT / d).read_text())]
+    for document in different:
+        if options.check:
+            print(f"{document} differs from the JSON files: run scripts/readme.py", file=sys.stderr)
+        else:
+            (ROOT / document).write_text(render((ROOT / document).read_text()))
+    return int(options.check and bool(different))
 
 
 if __name__ == "__main__":

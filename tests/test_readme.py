@@ -24,6 +24,7 @@ def test_a_changed_figure_is_noticed(tmp_path):
     head, mark, rest = readme.partition("<!-- table:first_layer_cpu -->\n")
     assert mark
     (tmp_path / "README.md").write_text(head + mark + "x" + rest)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 1
 
 

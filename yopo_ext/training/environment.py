@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ PACKAGES = ("torch", "numpy", "scikit-learn", "torchvision", "timm", "lightning"
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions, processor, threads and source commit, as JSON-ready values."""
     facts: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%d"),
         "yopo_ext": yopo_ext.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
