@@ -29,7 +29,7 @@ demo: $(VENV)/.build
 	$(BIN)/yopo-ext compare --out runs/demo --resume auto
 
 test: $(VENV)/.build
-	$(BIN)/python -m pytest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
 
 bench: $(VENV)/.build
 	$(BIN)/python benchmarks/first_layer.py
