@@ -5,6 +5,7 @@
 
 #include "core/params.h"
 #include "core/projection.h"
+#include "cpu/planes.h"
 #include "cpu/simd.h"
 
 namespace yopo::YOPO_ISA {
@@ -21,36 +22,47 @@ struct ChannelThreat {
         hi(static_cast<T>(p.hi[c])) {}
 };
 
+// `steps` projected steps of one vector, in registers. A step that changes nothing will change nothing again, so the
+// cost is bounded by the width of the interval, not by `steps`.
+template <class T>
+YOPO_HD Vec<T> further_steps(Vec<T> eta, Vec<T> step, Vec<T> a, Vec<T> b, int64_t steps) {
+  constexpr int64_t kBetweenLooks = 8;
+  while (steps > 0) {
+    const Vec<T> before = eta;
+    for (int64_t k = steps < kBetweenLooks ? steps : kBetweenLooks; k > 0; --k) {
+      eta += step;
+      eta = eta > a ? eta : a;
+      eta = eta < b ? eta : b;
+    }
+    if (std::memcmp(&before, &eta, sizeof(eta)) == 0) break;
+    steps -= kBetweenLooks;
+  }
+  return eta;
+}
+
 // `steps` L-inf steps along a fixed gradient; `first` applies the mask of the incoming perturbation.
 template <class T>
 void linf_steps(const Params& p, const T* x, const T* g, int64_t steps, bool first, T* eta) {
   constexpr int64_t kTile = 128;
   const int64_t pixels = p.height * p.width;
-  T a[kTile], b[kTile], step[kTile];
+  T e[kTile] = {}, a[kTile] = {}, b[kTile] = {}, step[kTile] = {};
   for (int64_t c = 0; c < p.channels; ++c) {
     const ChannelThreat<T> threat(p, c);
     for (int64_t begin = c * pixels, end = begin + pixels; begin < end; begin += kTile) {
       const int64_t n = end - begin < kTile ? end - begin : kTile;
-      T* e = eta + begin;
-      const T *xs = x + begin, *gs = g + begin;
+      const T *es = eta + begin, *xs = x + begin, *gs = g + begin;
       for (int64_t i = 0; i < n; ++i) {
         const Interval<T> interval = admissible_interval(xs[i], threat.eps, threat.lo, threat.hi);
         a[i] = interval.a;
         b[i] = interval.b;
         step[i] = signed_step(gs[i], threat.step_size);
         const T masked_step =
-            signed_step(first ? masked(gs[i], e[i], interval.lower, interval.upper) : gs[i], threat.step_size);
-        e[i] = project(e[i] + masked_step, a[i], b[i]);
+            signed_step(first ? masked(gs[i], es[i], interval.lower, interval.upper) : gs[i], threat.step_size);
+        e[i] = project(es[i] + masked_step, a[i], b[i]);
       }
-      for (int64_t k = 1; k < steps; ++k) {
-        int moved = 0;
-        for (int64_t i = 0; i < n; ++i) {
-          const T next = project(e[i] + step[i], a[i], b[i]);
-          moved |= next != e[i];
-          e[i] = next;
-        }
-        if (!moved) break;  // every further step is the same
-      }
+      for (int64_t i = 0; i < n && steps > 1; i += kLanes<T>)
+        store(e + i, further_steps<T>(load(e + i), load(step + i), load(a + i), load(b + i), steps - 1));
+      copy_row(e, eta + begin, n);
     }
   }
 }
