@@ -64,8 +64,6 @@ class Yopo(Method):
                 mean=threat.mean,
                 std=threat.std,
                 gradient=self.gradient,
-                # Each pass makes its own update: averaging over the passes would divide each of them by m.
-                reduction="sum" if every_pass else None,
                 train_on=self.train_on,
                 init="uniform" if kept is None else kept.get(batch),
                 backward=learner.backward,
