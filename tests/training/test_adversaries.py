@@ -87,6 +87,8 @@ def test_without_the_package_the_message_says_what_to_install(robust_model, digi
 def test_masked_gradients_raise_the_alarm():
     assert alarms({"pgd-20": 50.0, "pgd-50-10": 49.0, "square": 55.0}) == []
     assert "Square" in alarms({"pgd-20": 50.0, "square": 48.0})[0]
+    assert alarms({"pgd-20": 50.0, "square@100": 48.0}) == []  # other images
+    assert "Square" in alarms({"pgd-20": 60.0, "pgd-20@100": 50.0, "square@100": 48.0})[0]
     assert "PGD-50 leaves 10.0 points less" in alarms({"pgd-20": 50.0, "pgd-50-10": 40.0})[0]
 
 

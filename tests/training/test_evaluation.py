@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from yopo_ext.training.adversaries import PgdAttack, parse_attack, passes
+from yopo_ext.training.adversaries import AutoAttack, PgdAttack, parse_attack, passes
 from yopo_ext.training.data import Split
 from yopo_ext.training.evaluation import evaluate, evaluate_in_parts, true_fp32
 from yopo_ext.training.methods import ThreatModel
@@ -66,6 +66,8 @@ def test_normalisation_is_the_threat_models_business(few_digits):
         ("pgd-50-10", PgdAttack(50, 10)),
         ("cw-50-10", PgdAttack(50, 10, "margin")),
         ("cw-5", PgdAttack(5, 1, "margin")),
+        ("cw-5@100", PgdAttack(5, 1, "margin", samples=100)),
+        ("autoattack@1000", AutoAttack(samples=1000)),
     ],
 )
 def test_attacks_by_name(text, attack):
@@ -73,16 +75,29 @@ def test_attacks_by_name(text, attack):
     assert attack.name == text
 
 
-@pytest.mark.parametrize("text", ["pgd", "pgd-0", "pgd-5-3-2", "fgsm-3", "pgd-x", ""])
+@pytest.mark.parametrize(
+    "text", ["pgd", "pgd-0", "pgd-5-3-2", "fgsm-3", "pgd-x", "", "pgd-20@", "pgd-20@0", "pgd-20@x", "apgd-t-3"]
+)
 def test_bad_attack_names(text):
     with pytest.raises(ValueError, match="attack must look like pgd-20"):
         parse_attack(text)
 
 
 def test_passes():
-    assert passes([]) == 1
-    assert passes([PgdAttack(20)]) == 42
-    assert passes([PgdAttack(20), PgdAttack(5, 2)]) == 42 + 1 + 2 * 11
+    assert passes([], 5) == 5
+    assert passes([PgdAttack(20)], 3) == 3 * 42
+    assert passes([PgdAttack(20), PgdAttack(5, 2)], 1) == 42 + 1 + 2 * 11
+    assert passes([PgdAttack(20, samples=2), PgdAttack(1, samples=9)], 3) == 3 + 2 * 41 + 3 * 3
+
+
+def test_an_attack_on_the_first_images_only():
+    pixels = torch.tensor([255, 140, 0, 0, 140, 140, 255], dtype=torch.uint8)
+    labels = torch.tensor([1, 1, 0, 0, 1, 1, 1])
+    split = Split(pixels.view(-1, 1, 1, 1), labels, 1 / 255)
+    found = evaluate(Threshold(), split, THREAT, [PgdAttack(10), PgdAttack(10, samples=4)], batch_size=3)
+    assert found.robust == {"pgd-10": pytest.approx(100 * 4 / 7), "pgd-10@4": pytest.approx(75.0)}
+    assert found.worst == pytest.approx(75.0)  # of the four images that met both
+    assert found.clean == 100.0
 
 
 def test_fp32_is_fp32_inside_the_block_only():

@@ -3,9 +3,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import yopo_ext
-from yopo_ext.training.models import MODELS, WideResNet, build_model
+from yopo_ext.training.models import MODELS, WideResNet, build_model, robustbench_model
 
 # From the published definitions: the first and last keys, how many there are, and the number of parameters.
 DEFINITIONS = {
@@ -41,6 +42,37 @@ def test_keys_in_full():
     for stage in (1, 2, 3):
         expected += [f"block{stage}.layer.0.{key}" for key in [*block, "convShortcut.weight"]]
     assert list(wide.state_dict()) == [*expected, *(f"bn1.{n}" for n in norm), "fc.weight", "fc.bias"]
+
+
+def test_the_function_that_export_names():
+    """RobustBench has two functions with these keys: in this one a shortcut starts after the block's first activation."""
+    torch.manual_seed(0)
+    model = build_model("preactresnet18", 3, 10)[0].double().eval()
+    for buffer in (b for name, b in model.named_buffers() if "running" in name):
+        buffer.uniform_(0.5, 1.5)
+    state = model.state_dict()
+
+    def norm(x, name):
+        mean, var, weight, bias = (state[f"{name}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        return F.relu(F.batch_norm(x, mean, var, weight, bias))
+
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    out = F.conv2d(x, state["conv1.weight"], padding=1)
+    for block in (f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)):
+        stride = 2 if block in ("layer2.0", "layer3.0", "layer4.0") else 1
+        active = norm(out, f"{block}.bn1")
+        projection = state.get(f"{block}.shortcut.0.weight")
+        shortcut = out if projection is None else F.conv2d(active, projection, stride=stride)
+        inner = F.conv2d(active, state[f"{block}.conv1.weight"], stride=stride, padding=1)
+        out = F.conv2d(norm(inner, f"{block}.bn2"), state[f"{block}.conv2.weight"], padding=1) + shortcut
+    expected = F.linear(out.mean((2, 3)), state["linear.weight"], state["linear.bias"])
+    torch.testing.assert_close(model(x), expected)
+    assert robustbench_model("preactresnet18", 10) == (
+        "resnet.PreActResNet(resnet.PreActBlockV2, [2, 2, 2, 2], num_classes=10)"
+    )
+    wide = "wide_resnet.WideResNet(depth=34, widen_factor=10, num_classes=100)"
+    assert robustbench_model("wrn-34-10", 100) == wide
+    assert robustbench_model("smallcnn", 10) is None
 
 
 def test_smallcnn_round_trip_and_prefix():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,8 +17,40 @@ from yopo_ext.training.apgd import apgd
 from yopo_ext.training.methods.base import ThreatModel
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """What is tried on a model; `samples`: only on the first so many images of the split (None: on all)."""
+
+    samples: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How it is written on the command line: "pgd-20", "autoattack@1000"."""
+        return self.kind if self.samples is None else f"{self.kind}@{self.samples}"
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The name, without the number of images."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Forwards and input gradients per image."""
+
+    @abstractmethod
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
+    ) -> Tensor:
+        """The perturbation found, [B, C, H, W]."""
+
+    def count(self, images: int) -> int:
+        """How many of a split's `images` it is tried on."""
+        return images if self.samples is None else min(images, self.samples)
+
+
 @dataclass(frozen=True)
-class PgdAttack:
+class PgdAttack(Attack):
     """PGD as an evaluation runs it: uniform start, step eps / 4 unless given, last iterate, worst of the restarts."""
 
     steps: int = 20
@@ -25,19 +59,17 @@ class PgdAttack:
     step_size: float | None = None
 
     @property
-    def name(self) -> str:
+    def kind(self) -> str:
         name = {"ce": "pgd", "margin": "cw"}[self.loss]
         return f"{name}-{self.steps}" + (f"-{self.restarts}" if self.restarts > 1 else "")
 
     @property
     def passes(self) -> int:
-        """Forwards and input gradients per image."""
         return 2 * self.steps * self.restarts + (self.restarts if self.restarts > 1 else 0)
 
     def __call__(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
     ) -> Tensor:
-        """The perturbation found, [B, C, H, W]."""
         return attacks.pgd(
             model,
             x,
@@ -56,7 +88,7 @@ class PgdAttack:
 
 
 @dataclass(frozen=True)
-class Apgd:
+class Apgd(Attack):
     """APGD with 100 steps: on cross-entropy, or on the targeted DLR loss against the nine most likely other classes."""
 
     targeted: bool = False
@@ -64,7 +96,7 @@ class Apgd:
     targets: int = 9
 
     @property
-    def name(self) -> str:
+    def kind(self) -> str:
         return "apgd-t" if self.targeted else "apgd-ce"
 
     @property
@@ -80,13 +112,13 @@ class Apgd:
 
 
 @dataclass(frozen=True)
-class AutoAttack:
+class AutoAttack(Attack):
     """The ensemble of Croce and Hein, or its Square attack alone, from the package `pyautoattack` or `autoattack`."""
 
     square: bool = False
 
     @property
-    def name(self) -> str:
+    def kind(self) -> str:
         return "square" if self.square else "autoattack"
 
     @property
@@ -127,8 +159,6 @@ def _as_in_the_standard_version(ensemble: Any) -> None:
     ensemble.square.n_queries = 5000
 
 
-Attack = PgdAttack | Apgd | AutoAttack
-
 SUITES: dict[str, tuple[str, ...]] = {
     "quick": ("pgd-20",),  # while developing
     "standard": ("pgd-20", "pgd-50-10", "cw-50-10"),  # what papers on fast training report
@@ -140,18 +170,27 @@ SUITES: dict[str, tuple[str, ...]] = {
 def parse_attack(text: str) -> Attack:
     """The attack written as "pgd-STEPS[-RESTARTS]", "cw-STEPS[-RESTARTS]" (PGD on the margin loss) or by its name.
 
+    "@IMAGES" after it limits it to the first so many images: "autoattack@1000".
+
     Raises:
         ValueError: for anything else.
     """
-    named: dict[str, Attack] = {a.name: a for a in (Apgd(), Apgd(targeted=True), AutoAttack(square=True), AutoAttack())}
-    if text.strip() in named:
-        return named[text.strip()]
-    kind, *numbers = text.strip().split("-")
-    if kind not in ("pgd", "cw") or not 1 <= len(numbers) <= 2 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+    named: dict[str, Attack] = {a.kind: a for a in (Apgd(), Apgd(targeted=True), AutoAttack(square=True), AutoAttack())}
+    name, limited, images = text.strip().partition("@")
+    kind, *numbers = name.split("-")
+    shaped = kind in ("pgd", "cw") and 1 <= len(numbers) <= 2 and all(n.isdigit() and int(n) > 0 for n in numbers)
+    if not (name in named or shaped) or (limited and not (images.isdigit() and int(images) > 0)):
         shapes = "pgd-20, pgd-50-10 (steps, restarts), cw-50-10"
-        raise ValueError(f"attack must look like {shapes} or be one of {', '.join(named)}; got {text!r}")
-    restarts = int(numbers[1]) if len(numbers) == 2 else 1
-    return PgdAttack(int(numbers[0]), restarts, loss="ce" if kind == "pgd" else "margin")
+        raise ValueError(
+            f"attack must look like {shapes} or be one of {', '.join(named)}, with @1000 after it for the first 1000 "
+            f"images only; got {text!r}"
+        )
+    if name in named:
+        attack = named[name]
+    else:
+        steps, restarts = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 1
+        attack = PgdAttack(steps, restarts, loss="ce" if kind == "pgd" else "margin")
+    return dataclasses.replace(attack, samples=int(images)) if limited else attack
 
 
 def parse_attacks(texts: Sequence[str]) -> list[Attack]:
@@ -168,9 +207,9 @@ def parse_attacks(texts: Sequence[str]) -> list[Attack]:
     return found
 
 
-def passes(attack_list: Sequence[Attack]) -> int:
-    """Forwards and input gradients per image that `evaluate` spends with these attacks."""
-    return 1 + sum(1 + attack.passes for attack in attack_list)
+def passes(attack_list: Sequence[Attack], images: int) -> int:
+    """Forwards and input gradients that `evaluate` spends on a split of so many images."""
+    return images + sum(attack.count(images) * (1 + attack.passes) for attack in attack_list)
 
 
 def pixel_model(model: nn.Module, threat: ThreatModel) -> nn.Module:

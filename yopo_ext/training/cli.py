@@ -204,6 +204,7 @@ def _evaluate(given: Namespace) -> Job:
 
 def _export(given: Namespace) -> Job:
     from yopo_ext.training.checkpoint import load_checkpoint, tested_weights, write_atomically
+    from yopo_ext.training.models import robustbench_model
 
     state = load_checkpoint(Path(given.checkpoint))
     weights, target = tested_weights(state), Path(given.file)
@@ -211,8 +212,10 @@ def _export(given: Namespace) -> Job:
     def job() -> int:
         if not given.dry_run:
             write_atomically(target, lambda file: torch.save(weights, file))
-        size = sum(value.numel() for value in weights.values())
-        print(f"{len(weights)} tensors, {size} numbers of {state['config']['model']}: {target}")
+        model, size = state["config"]["model"], sum(value.numel() for value in weights.values())
+        print(f"{len(weights)} tensors, {size} numbers of {model}: {target}")
+        if (theirs := robustbench_model(model, state["classes"])) is not None:
+            print(f"robustbench.model_zoo.architectures.{theirs} loads them")
         return 0
 
     return job

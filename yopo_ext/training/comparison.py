@@ -139,6 +139,7 @@ def run_and_test(
         seed=run.seed,
         journal=None if run.out is None else Path(run.out) / "evaluation.jsonl",
         deadline=deadline,
+        title=f"{text} seed {run.seed} test" if shown else None,
     )
     if found is None:
         return None

@@ -61,8 +61,8 @@ def estimate(config: TrainConfig, dataset: Dataset, test_attacks: Sequence[Attac
     per_pass = seconds_per_pass(trainer.learner.result, trainer.dataset.validation, trainer.learner.threat)
     validations = trainer.config.epochs / (trainer.config.validate_every or 1)
     evaluation = per_pass * (
-        validations * len(trainer.dataset.validation) * passes([PgdAttack(trainer.config.validation_steps)])
-        + len(trainer.dataset.test) * passes(test_attacks)
+        validations * passes([PgdAttack(trainer.config.validation_steps)], len(trainer.dataset.validation))
+        + passes(test_attacks, len(trainer.dataset.test))
     )
     if cuda:
         memory = torch.cuda.max_memory_allocated(trainer.device) / 2**20
@@ -78,7 +78,7 @@ def seconds_per_pass(model: nn.Module, split: Split, threat: ThreatModel) -> flo
     evaluate(model, few, threat, [attack])  # warms up
     started = time.perf_counter()
     evaluate(model, few, threat, [attack])
-    return (time.perf_counter() - started) / (len(few) * passes([attack]))
+    return (time.perf_counter() - started) / passes([attack], len(few))
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ import json
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from yopo_ext.training.adversaries import Attack, pixel_model
 from yopo_ext.training.checkpoint import append_line
 from yopo_ext.training.data import Split, mix_seed
 from yopo_ext.training.methods.base import ThreatModel
+from yopo_ext.training.progress import Progress
 
 
 @contextmanager
@@ -38,12 +39,12 @@ def true_fp32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies in percent over `samples` images."""
+    """Accuracies in percent over `samples` images, or the first so many where an attack's name says so."""
 
     samples: int
     clean: float
     robust: dict[str, float]  # by attack
-    worst: float  # correct under every attack tried and on the clean image
+    worst: float  # correct under every attack tried and on the clean image, of the images that met all of them
 
     def as_dict(self) -> dict[str, Any]:
         return {"samples": self.samples, "clean": self.clean, **self.robust, "worst": self.worst}
@@ -102,20 +103,27 @@ def evaluate_in_parts(
     batch_size: int = 256,
     journal: Path | None = None,
     deadline: float | None = None,
+    title: str | None = None,
 ) -> Evaluation | None:
-    """`evaluate`, with finished batches kept in the file `journal`; None once `time.monotonic()` passes `deadline`."""
+    """`evaluate`, with finished batches kept in the file `journal`; None once `time.monotonic()` passes `deadline`.
+
+    With a `title` it says how far it is.
+    """
     notes = None if journal is None else Journal(journal, fingerprint(model, split, threat, seed, batch_size))
     generator = torch.Generator(split.labels.device)
-    correct: dict[str, list[Tensor]] = {name: [] for name in ("clean", *(a.name for a in attack_list))}
-    with evaluating(model), true_fp32():
-        for attack in (None, *attack_list):
+    starts = {a: range(0, len(split) if a is None else a.count(len(split)), batch_size) for a in (None, *attack_list)}
+    correct: dict[str, Tensor] = {}
+    progress = Progress(title or "", sum(map(len, starts.values())), shown=title is not None)
+    with evaluating(model), true_fp32(), closing(progress):
+        for attack, batches in starts.items():
             name = "clean" if attack is None else attack.name
-            for number, start in enumerate(range(0, len(split), batch_size)):
+            survivors = []
+            for number, start in enumerate(batches):
+                part = slice(start, min(start + batch_size, batches.stop))
                 survived = None if notes is None else notes.get(name, number)
                 if survived is None:
                     if deadline is not None and time.monotonic() > deadline:
                         return None
-                    part = slice(start, start + batch_size)
                     x, y = split.x(part), split.labels[part]
                     if attack is not None:
                         generator.manual_seed(mix_seed(seed, zlib.crc32(name.encode()), number))
@@ -123,10 +131,13 @@ def evaluate_in_parts(
                     survived = is_correct(model, x, y, threat).cpu()
                     if notes is not None:
                         notes.put(name, number, survived)
-                correct[name].append(survived)
-    whole = {name: torch.cat(parts).double() for name, parts in correct.items()}
-    accuracy = {name: 100.0 * values.mean().item() for name, values in whole.items()}
-    worst = 100.0 * torch.stack(list(whole.values())).amin(0).mean().item()
+                survivors.append(survived)
+                progress.advance()
+            correct[name] = torch.cat(survivors).double()
+            progress.say(f"{name} {100.0 * correct[name].mean().item():.2f} %")
+    accuracy = {name: 100.0 * values.mean().item() for name, values in correct.items()}
+    shared = min(map(len, correct.values()))
+    worst = 100.0 * torch.stack([values[:shared] for values in correct.values()]).amin(0).mean().item()
     return Evaluation(len(split), accuracy.pop("clean"), accuracy, worst)
 
 
@@ -146,6 +157,13 @@ def is_correct(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> T
 
 def alarms(robust: dict[str, float]) -> list[str]:
     """Signs, in robust accuracies in percent by attack, that gradients are masked and the accuracies too high."""
+    found = []
+    for images in {name.partition("@")[2] for name in robust}:  # attacks on the same images
+        found += _alarms({n.partition("@")[0]: value for n, value in robust.items() if n.partition("@")[2] == images})
+    return found
+
+
+def _alarms(robust: dict[str, float]) -> list[str]:
     found = []
     white_box = {name: value for name, value in robust.items() if name not in ("square", "autoattack")}
     if "square" in robust and white_box and robust["square"] < min(white_box.values()):

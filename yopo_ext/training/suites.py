@@ -15,7 +15,7 @@ from yopo_ext.training.config import EvaluateConfig, TrainConfig, threat_model
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.estimate import duration, seconds_per_pass
-from yopo_ext.training.evaluation import alarms, evaluate
+from yopo_ext.training.evaluation import alarms, evaluate_in_parts
 from yopo_ext.training.models import build_model
 
 
@@ -50,14 +50,26 @@ class CheckpointTest:
 
     def describe(self) -> str:
         """What would be run, and for how long."""
-        seconds = seconds_per_pass(self.model, self.split, self.threat) * passes(self.attacks) * len(self.split)
+        seconds = seconds_per_pass(self.model, self.split, self.threat) * passes(self.attacks, len(self.split))
         names = ", ".join(("clean", *(a.name for a in self.attacks)))
         return f"{self._what()}: {names}; about {duration(seconds)}"
 
     def run(self) -> str:
-        """Attack; returns the report as text and writes it as JSON if the configuration names a file."""
+        """Attack; returns the report as text and writes it as JSON if the configuration names a file.
+
+        Beside that file, FILE.journal keeps what is finished: run again after an interruption, it goes on from there.
+        """
         started = time.perf_counter()
-        found = evaluate(self.model, self.split, self.threat, self.attacks, seed=self.config.seed)
+        found = evaluate_in_parts(
+            self.model,
+            self.split,
+            self.threat,
+            self.attacks,
+            seed=self.config.seed,
+            journal=None if self.config.out is None else Path(f"{self.config.out}.journal"),
+            title="evaluate",
+        )
+        assert found is not None  # there is no deadline
         seconds = time.perf_counter() - started
         report: dict[str, Any] = {
             "checkpoint": self.config.checkpoint,

@@ -13,23 +13,40 @@ from yopo_ext.training.models.small import SmallCNN, digits_cnn
 from yopo_ext.training.models.wideresnet import WideResNet
 from yopo_ext.training.vision import import_torchvision
 
-__all__ = ["MODELS", "ModelEntry", "PreActResNet", "SmallCNN", "WideResNet", "build_model", "check_model_name"]
+__all__ = [
+    "MODELS",
+    "ModelEntry",
+    "PreActResNet",
+    "SmallCNN",
+    "WideResNet",
+    "build_model",
+    "check_model_name",
+    "robustbench_model",
+]
 
 Builder = Callable[[int, int], nn.Module]  # (input channels, classes)
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """How to build a model, and which submodule is its first layer in the sense of YOPO (None: found)."""
+    """How to build a model, and which submodule is its first layer in the sense of YOPO (None: found).
+
+    `robustbench` builds the network with the same keys and the same function from RobustBench's `model_zoo.architectures`.
+    """
 
     build: Builder
     first_layer: str | None = None
+    robustbench: str | None = None
 
 
 MODELS: dict[str, ModelEntry] = {
     "digits-cnn": ModelEntry(digits_cnn, "first"),  # conv + ReLU: a first layer with a real inner loop
     "smallcnn": ModelEntry(SmallCNN, "feature_extractor.first"),  # the same on MNIST
-    "preactresnet18": ModelEntry(preactresnet18, "conv1"),  # affine: the inner steps collapse
+    # Affine: the inner steps collapse. RobustBench's PreActResNet18() has the same keys and another function (its shortcuts
+    # start before the first activation): it would load these weights without a word and classify worse.
+    "preactresnet18": ModelEntry(
+        preactresnet18, "conv1", "resnet.PreActResNet(resnet.PreActBlockV2, [2, 2, 2, 2], num_classes={})"
+    ),
 }
 _WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 
@@ -39,6 +56,12 @@ def check_model_name(name: str | None) -> None:
     if not isinstance(name, str) or _builder(name) is None:
         allowed = f"{', '.join(MODELS)}, wrn-DEPTH-WIDTH (wrn-34-10), timm/NAME, torchvision/NAME"
         raise ValueError(f"model must be one of {allowed}; got {name!r}")
+
+
+def robustbench_model(name: str, classes: int) -> str | None:
+    """The expression that builds the same network from RobustBench's `model_zoo.architectures`; None if there is none."""
+    entry = _builder(name)
+    return None if entry is None or entry.robustbench is None else entry.robustbench.format(classes)
 
 
 def build_model(name: str, channels: int, classes: int) -> tuple[nn.Module, str | None]:
@@ -58,7 +81,9 @@ def _builder(name: str) -> ModelEntry | None:
         return MODELS[name]
     wide = _WIDE.fullmatch(name)
     if wide:
-        return ModelEntry(lambda c, k: WideResNet(int(wide[1]), int(wide[2]), c, k), "conv1")
+        depth, width = int(wide[1]), int(wide[2])
+        theirs = f"wide_resnet.WideResNet(depth={depth}, widen_factor={width}, num_classes={{}})"
+        return ModelEntry(lambda c, k: WideResNet(depth, width, c, k), "conv1", theirs)
     library, _, model = name.partition("/")
     if library == "timm":
         return _from_timm(model)

@@ -1,4 +1,7 @@
-"""PreActResNet-18 for 32x32 images (He et al., 2016), with the state_dict keys of RobustBench's definition."""
+"""PreActResNet-18 for 32x32 images (He et al., 2016), with the state_dict keys of RobustBench's definition.
+
+The function is that of its `PreActBlockV2`, as in the YOPO paper's code; its `PreActBlock` takes the shortcut from elsewhere.
+"""
 
 from __future__ import annotations
 
