@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from yopo_ext.training.checkpoint import (
-    MetricsFile,
     load_checkpoint,
     save_checkpoint,
     write_atomically,
@@ -57,18 +56,3 @@ def test_truncated_and_missing_files(tmp_path):
     (tmp_path / "a.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "a.pt")
-
-
-def test_metrics_after_a_resume(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl")
-    metrics.keep_through(3)
-    for epoch in (1, 2, 3):
-        metrics.append({"epoch": epoch})
-    with metrics.path.open("a") as file:
-        file.write('{"epoch": 4, "lo')  # cut short by a kill
-    metrics.append({"epoch": 5})  # starts a line of its own
-    assert [r["epoch"] for r in metrics.read()] == [1, 2, 3, 5]
-    metrics.keep_through(2)
-    metrics.append({"epoch": 3, "again": True})
-    records = [json.loads(line) for line in metrics.path.read_text().splitlines()]
-    assert records == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3, "again": True}]

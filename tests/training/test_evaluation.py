@@ -67,6 +67,8 @@ def test_normalisation_is_the_threat_models_business(few_digits):
         ("cw-50-10", PgdAttack(50, 10, "margin")),
         ("cw-5", PgdAttack(5, 1, "margin")),
         ("cw-5@100", PgdAttack(5, 1, "margin", samples=100)),
+        ("pgd-40:0.01@9", PgdAttack(40, step_size=0.01, samples=9)),
+        ("cw-4-2:0.5", PgdAttack(4, 2, "margin", 0.5)),
         ("autoattack@1000", AutoAttack(samples=1000)),
     ],
 )
@@ -76,11 +78,31 @@ def test_attacks_by_name(text, attack):
 
 
 @pytest.mark.parametrize(
-    "text", ["pgd", "pgd-0", "pgd-5-3-2", "fgsm-3", "pgd-x", "", "pgd-20@", "pgd-20@0", "pgd-20@x", "apgd-t-3"]
+    "text",
+    [
+        "pgd",
+        "pgd-0",
+        "pgd-5-3-2",
+        "fgsm-3",
+        "pgd-x",
+        "",
+        "pgd-20@",
+        "pgd-20@0",
+        "pgd-20@x",
+        "apgd-t-3",
+        "apgd-t:0.1",
+        "x",
+    ],
 )
 def test_bad_attack_names(text):
     with pytest.raises(ValueError, match="attack must look like pgd-20"):
         parse_attack(text)
+
+
+def test_a_bad_step_size():
+    with pytest.raises(ValueError, match="step size in attack 'pgd-20:fast' must be a number"):
+        parse_attack("pgd-20:fast")
+    assert parse_attack("pgd-20:2/255").name == "pgd-20:0.007843"
 
 
 def test_passes():

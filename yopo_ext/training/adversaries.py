@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from yopo_ext import attacks
 from yopo_ext.training.apgd import apgd
 from yopo_ext.training.methods.base import ThreatModel
+from yopo_ext.training.numbers import parse_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,8 @@ class PgdAttack(Attack):
     @property
     def kind(self) -> str:
         name = {"ce": "pgd", "margin": "cw"}[self.loss]
-        return f"{name}-{self.steps}" + (f"-{self.restarts}" if self.restarts > 1 else "")
+        restarts = f"-{self.restarts}" if self.restarts > 1 else ""
+        return f"{name}-{self.steps}{restarts}" + (f":{self.step_size:.4g}" if self.step_size is not None else "")
 
     @property
     def passes(self) -> int:
@@ -170,27 +173,26 @@ SUITES: dict[str, tuple[str, ...]] = {
 def parse_attack(text: str) -> Attack:
     """The attack written as "pgd-STEPS[-RESTARTS]", "cw-STEPS[-RESTARTS]" (PGD on the margin loss) or by its name.
 
-    "@IMAGES" after it limits it to the first so many images: "autoattack@1000".
+    ":STEP_SIZE" after PGD's numbers sets its step (default: eps / 4), and "@IMAGES" at the end limits any attack to the
+    first so many images: "pgd-40:0.01", "autoattack@1000".
 
     Raises:
         ValueError: for anything else.
     """
     named: dict[str, Attack] = {a.kind: a for a in (Apgd(), Apgd(targeted=True), AutoAttack(square=True), AutoAttack())}
-    name, limited, images = text.strip().partition("@")
-    kind, *numbers = name.split("-")
-    shaped = kind in ("pgd", "cw") and 1 <= len(numbers) <= 2 and all(n.isdigit() and int(n) > 0 for n in numbers)
-    if not (name in named or shaped) or (limited and not (images.isdigit() and int(images) > 0)):
-        shapes = "pgd-20, pgd-50-10 (steps, restarts), cw-50-10"
+    found = re.fullmatch(r"((pgd|cw)-([1-9]\d*)(-[1-9]\d*)?(:[^@]+)?|[a-z-]+)(@[1-9]\d*)?", text.strip())
+    if found is None or not (found[2] or found[1] in named):
         raise ValueError(
-            f"attack must look like {shapes} or be one of {', '.join(named)}, with @1000 after it for the first 1000 "
-            f"images only; got {text!r}"
+            "attack must look like pgd-20, pgd-50-10 (steps, restarts), cw-50-10 or pgd-40:0.01 (step size), or be one of "
+            f"{', '.join(named)}, with @1000 after it for the first 1000 images only; got {text!r}"
         )
-    if name in named:
+    name, kind, steps, restarts, step_size, images = found.groups()
+    if kind is None:
         attack = named[name]
     else:
-        steps, restarts = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else 1
-        attack = PgdAttack(steps, restarts, loss="ce" if kind == "pgd" else "margin")
-    return dataclasses.replace(attack, samples=int(images)) if limited else attack
+        size = None if step_size is None else parse_number(step_size[1:], f"step size in attack {text!r}")
+        attack = PgdAttack(int(steps), int((restarts or "-1")[1:]), "ce" if kind == "pgd" else "margin", size)
+    return attack if images is None else dataclasses.replace(attack, samples=int(images[1:]))
 
 
 def parse_attacks(texts: Sequence[str]) -> list[Attack]:

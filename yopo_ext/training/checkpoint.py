@@ -1,9 +1,8 @@
-"""A run's folder: checkpoints that survive a kill at any moment, and one line of metrics per epoch."""
+"""Files that survive a kill at any moment: checkpoints and JSON."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -79,34 +78,3 @@ def tested_weights(state: dict[str, Any]) -> dict[str, Any]:
     if average is None:
         return state["model"]
     return {name.removeprefix("module."): value for name, value in average.items() if name.startswith("module.")}
-
-
-class MetricsFile:
-    """`metrics.jsonl`: one JSON object per line, appended as a run goes on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-    def append(self, record: dict[str, Any]) -> None:
-        append_line(self.path, record)
-
-    def read(self) -> list[dict[str, Any]]:
-        """Every whole record."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if _epoch_of(line) < math.inf]
-
-    def keep_through(self, epoch: int) -> None:
-        """Drop the records of epochs after `epoch`: a resumed run writes them again."""
-        if not self.path.exists():
-            return
-        lines = self.path.read_text().splitlines()
-        kept = [line for line in lines if _epoch_of(line) <= epoch]
-        write_atomically(self.path, lambda file: file.write("".join(line + "\n" for line in kept).encode()))
-
-
-def _epoch_of(line: str) -> float:
-    try:
-        return float(json.loads(line).get("epoch", 0))
-    except ValueError:  # the line that a kill cut short
-        return math.inf

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from yopo_ext.training.adversaries import parse_attacks
-from yopo_ext.training.checkpoint import MetricsFile, write_atomically, write_json
+from yopo_ext.training.checkpoint import write_atomically, write_json
 from yopo_ext.training.config import CompareConfig, TrainConfig, resolve
 from yopo_ext.training.data import Dataset
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import evaluate_in_parts
+from yopo_ext.training.metrics import MetricsFile
 from yopo_ext.training.numbers import parse_number
 from yopo_ext.training.report import Row, save_plot, table
 from yopo_ext.training.trainer import Trainer
@@ -127,9 +128,13 @@ def run_and_test(
 ) -> dict[str, Any] | None:
     """Train once and attack the selected weights on the test split; None if the deadline passed before."""
     trainer = Trainer(run, dataset=dataset, shown=shown)
+    cuda = trainer.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
     result = trainer.fit(deadline)
     if result is None:
         return None
+    peak = torch.cuda.max_memory_allocated(trainer.device) / 2**20 if cuda else None  # of training and validation
     attacks = parse_attacks(config.test_attacks)
     found = evaluate_in_parts(
         result.network,
@@ -145,7 +150,6 @@ def run_and_test(
         return None
     cost = result.method.cost()
     samples = trainer.at.batches * trainer.source.batch_size * trainer.fabric.world_size
-    cuda = trainer.device.type == "cuda"
     return {
         "method": text,
         "seed": run.seed,
@@ -156,7 +160,7 @@ def run_and_test(
         "seconds": result.seconds,
         "updates": result.updates,
         "images_per_second": samples / result.seconds,
-        "peak_memory_mib": torch.cuda.max_memory_allocated(trainer.device) / 2**20 if cuda else None,
+        "peak_memory_mib": peak,
         "cost": {**dataclasses.asdict(cost), "total": cost.total},
         "selected": result.validation,
         "curve": trainer.at.curve,

@@ -11,6 +11,7 @@ from yopo_ext import validation
 from yopo_ext.training import methods
 from yopo_ext.training.methods import Method, ThreatModel
 from yopo_ext.training.methods.base import option
+from yopo_ext.training.metrics import require_tensorboard
 from yopo_ext.training.models import check_model_name
 from yopo_ext.training.schedules import make_schedule
 
@@ -87,6 +88,7 @@ class TrainConfig:
         "never", "auto: go on with the run that the folder holds, if it holds one"
     )
     save_every: float = option(300.0, "seconds between checkpoints inside an epoch")
+    tensorboard: bool = option(False, "write the epochs' records as TensorBoard event files, too")
     stop_after: float | None = option(None, "save and leave after so many seconds, to go on later with --resume auto")
 
 
@@ -149,11 +151,13 @@ def check(config: TrainConfig) -> None:
         raise ValueError("out must name a folder with resume='auto'; got None")
     if config.stop_after is not None and config.out is None:
         raise ValueError("out must name a folder with stop_after; got None")
+    if config.tensorboard:
+        require_tensorboard()
     make_schedule(config.schedule, config.milestones, config.warmup)
 
 
 # What may change between the parts of an interrupted run.
-CHANGEABLE = ("out", "data_dir", "download", "resume", "save_every", "stop_after")
+CHANGEABLE = ("out", "data_dir", "download", "resume", "save_every", "tensorboard", "stop_after")
 
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> str:

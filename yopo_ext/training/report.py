@@ -20,6 +20,7 @@ class Row:
     robust: dict[str, list[float]]  # by attack
     seconds: list[float]
     images_per_second: list[float]
+    peak_memory: float | None  # MiB on the GPU, the highest of all seeds; None on a CPU
     cost: dict[str, int]
     seeds: list[int]
     curves: list[list[tuple[float, float]]]  # (training seconds, validation PGD accuracy), one curve per seed
@@ -33,6 +34,9 @@ class Row:
             robust={attack: [r["robust"][attack] for r in records] for attack in records[0]["robust"]},
             seconds=[r["seconds"] for r in records],
             images_per_second=[r["images_per_second"] for r in records],
+            peak_memory=max(
+                (r["peak_memory_mib"] for r in records if r.get("peak_memory_mib") is not None), default=None
+            ),
             cost=records[0]["cost"],
             seeds=[r["seed"] for r in records],
             curves=[r["curve"] for r in records],
@@ -48,6 +52,7 @@ class Row:
             "robust": {a: {"mean": statistics.fmean(v), "per_seed": v} for a, v in self.robust.items()},
             "seconds": {"mean": statistics.fmean(self.seconds), "per_seed": self.seconds},
             "images_per_second": statistics.fmean(self.images_per_second),
+            "peak_memory_mib": self.peak_memory,
             "cost": self.cost,
             "time_ratio": None if reference is None else _ratio(self.seconds, reference.seconds),
             "cost_ratio": None if reference is None else self.cost["total"] / reference.cost["total"],
@@ -55,10 +60,13 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text: accuracies (mean and standard deviation over seeds), training time, cost in units."""
+    """The rows as aligned text: accuracies (mean and standard deviation over seeds), training time, cost in units, GPU memory."""
     reference = _reference(rows)
     attacks = list(rows[0].robust)
     head = ["method", "clean %", *(f"{a.upper()} %" for a in attacks), "seconds", "images/s", "units = f + i + w"]
+    measured = any(row.peak_memory is not None for row in rows)
+    if measured:
+        head.append("peak MiB")
     if reference is not None:
         head += [f"time / {REFERENCE}", f"units / {REFERENCE}"]
     lines = [head]
@@ -72,6 +80,8 @@ def table(rows: Sequence[Row]) -> str:
             f"{statistics.fmean(row.images_per_second):.0f}",
             f"{cost['total']} = {cost['forwards']} + {cost['input_grads']} + {cost['weight_grads']}",
         ]
+        if measured:
+            line.append("" if row.peak_memory is None else f"{row.peak_memory:.0f}")
         if reference is not None:
             line.append(f"{_ratio(row.seconds, reference.seconds):.2f}")
             line.append(f"{cost['total'] / reference.cost['total']:.2f}")

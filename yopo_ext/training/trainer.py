@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from yopo_ext.training.adversaries import PgdAttack
 from yopo_ext.training.alarms import training_alarm
 from yopo_ext.training.augment import Augmentation
-from yopo_ext.training.checkpoint import MetricsFile, load_checkpoint, save_checkpoint, write_json
+from yopo_ext.training.checkpoint import load_checkpoint, save_checkpoint, write_json
 from yopo_ext.training.config import TrainConfig, differences, resolve
 from yopo_ext.training.data import Dataset, TensorSource
 from yopo_ext.training.datasets import dataset_of
@@ -22,6 +22,7 @@ from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.learner import FabricLearner
 from yopo_ext.training.methods import Method
+from yopo_ext.training.metrics import EpochLog
 from yopo_ext.training.progress import Progress
 from yopo_ext.training.schedules import make_schedule
 
@@ -102,7 +103,7 @@ class Trainer:
 
         With a `deadline` (of `time.monotonic()`) the run is saved and left, and None returned, when it passes.
         """
-        metrics = self._open_folder()
+        log = self._open_folder()
         total = None if self.config.time_budget else (self.config.epochs or 0) * self.source.batches
         progress = Progress(f"{self.config.method} seed {self.config.seed}", total, self.at.batches, shown=self.shown)
         try:
@@ -113,12 +114,14 @@ class Trainer:
                 record = self._end_epoch()
                 if "alarm" in record:
                     progress.say(f"ALARM: {record['alarm']}")
-                if metrics is not None:
-                    metrics.append(record)
+                if log is not None:
+                    log.append(record)
                 self._save()
                 progress.epoch(record, last=self.progress() >= 1.0)
         finally:
             progress.close()
+            if log is not None:
+                log.close()
         return self._finish()
 
     def progress(self, ahead: float = 0.0) -> float:
@@ -241,14 +244,15 @@ class Trainer:
             raise ValueError(f"out must hold a run with the same configuration; in {self.folder} {changed}")
         return state
 
-    def _open_folder(self) -> MetricsFile | None:
+    def _open_folder(self) -> EpochLog | None:
         if self.folder is None or not self.leads:
             return None
-        metrics = MetricsFile(self.folder / "metrics.jsonl")
-        metrics.keep_through(self.at.epoch)
+        log = EpochLog(
+            self.folder, tensorboard=self.config.tensorboard, epoch=self.at.epoch, updates=self.learner.updates
+        )
         facts = {"config": dataclasses.asdict(self.config), "environment": environment(self.device)}
         write_json(self.folder / "run.json", facts)
-        return metrics
+        return log
 
     def _save(self) -> None:
         """Everything that `resume` needs."""
