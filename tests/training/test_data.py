@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yopo_ext.training.augment import Augmentation, Placement
-from yopo_ext.training.data import Batch, PerSample, Split, TensorSource, mix_seed, stratified_split
+from yopo_ext.training.data import Batch, PerSample, Split, SplitSource, mix_seed, stratified_split
 from yopo_ext.training.datasets import load_dataset
 
 
@@ -38,7 +38,7 @@ def ramp(count, height=3, width=4):
 
 
 def test_an_epoch_shows_each_sample_once_and_can_start_anywhere():
-    source = TensorSource(ramp(20), 6, seed=3, augmentation=Augmentation(1))
+    source = SplitSource(ramp(20), 6, seed=3, augmentation=Augmentation(1))
     assert source.batches == 3
     whole = list(source.epoch(1))
     assert len(torch.cat([b.index for b in whole]).unique()) == 18
@@ -53,7 +53,7 @@ def test_an_epoch_shows_each_sample_once_and_can_start_anywhere():
 
 
 def test_processes_share_the_samples():
-    sources = [TensorSource(ramp(21), 5, seed=0, rank=r, world=2) for r in (0, 1)]
+    sources = [SplitSource(ramp(21), 5, seed=0, rank=r, world=2) for r in (0, 1)]
     seen = [torch.cat([b.index for b in s.epoch(e)]) for s in sources for e in (0, 1)]
     assert torch.equal(seen[0].sort().values, seen[1].sort().values)  # a process keeps its share
     assert not set(seen[0].tolist()) & set(seen[2].tolist())
@@ -61,7 +61,7 @@ def test_processes_share_the_samples():
 
 def test_batch_size_must_fit():
     with pytest.raises(ValueError, match="batch_size must be between 1 and the 20 training samples"):
-        TensorSource(ramp(20), 21, seed=0)
+        SplitSource(ramp(20), 21, seed=0)
 
 
 def test_seeds_do_not_collide():

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from yopo_ext.training.config import PRESETS
+from yopo_ext.training.adversaries import PgdAttack
+from yopo_ext.training.config import PRESETS, TrainConfig
 from yopo_ext.training.datasets import DATASETS, load_dataset
+from yopo_ext.training.evaluation import evaluate
+from yopo_ext.training.trainer import Trainer
 from yopo_ext.training.vision import import_torchvision
 
 needs_torchvision = pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
@@ -48,25 +51,69 @@ def test_mnist_files(tmp_path):
     assert len(seen.unique(dim=0)) == 60
 
 
-@needs_torchvision
-def test_image_folders(tmp_path):
-    vision = import_torchvision()
+@pytest.fixture
+def image_folder(tmp_path):
+    """Two classes of noise, eight images each for training and two for testing; some grey."""
+    import_torchvision()
     from PIL import Image
 
+    generator = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 2)):
         for label, name in enumerate(("cat", "dog")):
             (tmp_path / part / name).mkdir(parents=True)
             for number in range(count):
-                mode = "L" if number == 0 else "RGB"
-                Image.new(mode, (40, 30), 200 * label).save(tmp_path / part / name / f"{number}.png")
-    assert vision is not None
-    data = load_dataset("imagefolder", tmp_path, validation=4, image_size=16)
+                pixels = generator.integers(100 * label, 100 * label + 50, (30, 40, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).convert("L" if number == 0 else "RGB")
+                image.save(tmp_path / part / name / f"{number}.png")
+    return tmp_path
+
+
+@needs_torchvision
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_image_folders(image_folder, workers):
+    data = load_dataset("imagefolder", image_folder, validation=4, image_size=16, workers=workers)
     assert data.classes == 2
     assert data.shape == (3, 16, 16)
     assert [len(s) for s in (data.train, data.validation, data.test)] == [12, 4, 4]
-    assert (data.test.images[data.test.labels == 0] == 0).all()
+    means = data.test.x().mean((1, 2, 3))
+    assert ((means > 75 / 255) == data.test.labels.bool()).all()
+    whole = load_dataset("imagefolder", image_folder, validation=4, image_size=16)
+    index = torch.tensor([7, 0, 3])
+    assert torch.equal(data.train.x(index), whole.train.x(index))
+    assert torch.equal(data.train.first(3).x(slice(1, 3)), whole.train.x(slice(1, 3)))
+    first, second = data.train.stream([index, index[:1]])
+    assert torch.equal(first, whole.train.x(index))
+    assert torch.equal(second, whole.train.x(index[:1]))
     with pytest.raises(ValueError, match="data_dir must hold a folder train of class folders"):
-        load_dataset("imagefolder", tmp_path / "train", validation=4)
+        load_dataset("imagefolder", image_folder / "train", validation=4)
+
+
+@needs_torchvision
+def test_images_left_in_their_files_change_nothing_but_the_memory(image_folder):
+    """Training, kept perturbations and evaluation, bit for bit."""
+    weights = []
+    for workers in (None, 2):
+        config = TrainConfig(
+            dataset="imagefolder", data_dir=str(image_folder), image_size=32, workers=workers, validation_size=4,
+            model="preactresnet18", method="yopo-1-2:persist", epochs=2, batch_size=4, validation_steps=1, threads=1,
+        )  # fmt: skip
+        trainer = Trainer(config, shown=False)
+        state_before = torch.get_rng_state()
+        list(trainer.source.epoch(0))
+        assert torch.equal(torch.get_rng_state(), state_before)
+        result = trainer.fit()
+        found = evaluate(result.network, result.dataset.test, trainer.learner.threat, [PgdAttack(1)])
+        weights.append((found, *result.network.state_dict().values()))
+    assert weights[0][0] == weights[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(weights[0][1:], weights[1][1:], strict=True))
+
+
+@needs_torchvision
+def test_images_that_do_not_fit_into_memory(image_folder, monkeypatch):
+    monkeypatch.setattr("yopo_ext.training.datasets.available_memory", lambda: 10_000)
+    with pytest.raises(ValueError, match="workers must be given for images that do not fit into memory: the 16 of"):
+        load_dataset("imagefolder", image_folder, validation=4, image_size=16)
+    load_dataset("imagefolder", image_folder, validation=4, image_size=16, workers=0)
 
 
 @needs_torchvision

@@ -52,6 +52,9 @@ class TrainConfig:
     data_dir: str = option("data", "folder that holds or receives data sets")
     download: bool = option(False, "download the data set if it is not in the folder")
     image_size: int | None = option(None, "imagefolder: pixels that images are resized and cropped to (default: 224)")
+    workers: int | None = option(
+        None, "imagefolder: leave the images in their files, and decode them in so many processes (default: in memory)"
+    )
     model: str | None = option(
         None, "digits-cnn, smallcnn, preactresnet18, wrn-DEPTH-WIDTH, timm/NAME, torchvision/NAME"
     )
@@ -131,6 +134,8 @@ def check(config: TrainConfig) -> None:
     for name in ("validation_size", "threads", "image_size"):
         if getattr(config, name) is not None:
             validation.integer(name, getattr(config, name), 1)
+    if config.workers is not None:
+        validation.integer("workers", config.workers, 0)
     threat_model(config)
     for name, lowest, limit in (
         ("lr", 0.0, float("inf")),
@@ -157,7 +162,7 @@ def check(config: TrainConfig) -> None:
 
 
 # What may change between the parts of an interrupted run.
-CHANGEABLE = ("out", "data_dir", "download", "resume", "save_every", "tensorboard", "stop_after")
+CHANGEABLE = ("out", "data_dir", "download", "workers", "resume", "save_every", "tensorboard", "stop_after")
 
 
 def differences(saved: dict[str, Any], config: TrainConfig) -> str:

@@ -1,8 +1,8 @@
-"""Data sets as uint8 tensors, their fixed splits, and the batches a training epoch is made of."""
+"""Data sets of byte images, their fixed splits, and the batches a training epoch is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from yopo_ext.training.augment import Augmentation, Placement
+from yopo_ext.training.image_files import ImageFiles
 
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images kept as bytes; `x = images * scale` lies in [0, 1]."""
+    """Labelled images kept as bytes, in memory or in their files; `x = images * scale` lies in [0, 1]."""
 
-    images: Tensor  # uint8 [N, C, H, W]
+    images: Tensor | ImageFiles  # uint8 [N, C, H, W]
     labels: Tensor  # int64 [N]
     scale: float
 
@@ -24,18 +25,42 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Split:
-        return Split(self.images.to(device), self.labels.to(device), self.scale)
+        """Labels, and images that are in memory, on that device; files are decoded on the CPU and their pixels sent."""
+        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
+        return Split(images, self.labels.to(device), self.scale)
 
     def x(self, index: Tensor | slice = slice(None)) -> Tensor:
         """float32 pixels [B, C, H, W] in [0, 1]."""
-        return self.images[index].to(torch.float32) * self.scale
+        whole = torch.arange(len(self), device=self.labels.device)
+        return next(self.stream([whole[index]]))
+
+    def stream(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """`x` of one index after the other; files are decoded ahead of time."""
+        if isinstance(self.images, Tensor):
+            parts = (self.images[index] for index in batches)
+        else:
+            device = self.labels.device
+            ahead = self.images.batches(batches, pinned=device.type == "cuda")
+            parts = (part.to(device, non_blocking=True) for part in ahead)
+        for part in parts:
+            yield part.to(torch.float32) * self.scale
 
     def subset(self, index: Tensor) -> Split:
-        return Split(self.images[index], self.labels[index], self.scale)
+        images = self.images[index] if isinstance(self.images, Tensor) else self.images.subset(index)
+        return Split(images, self.labels[index], self.scale)
 
     def first(self, count: int | None) -> Split:
         """The first `count` samples; None: all."""
         return self if count is None else self.subset(torch.arange(min(count, len(self)), device=self.labels.device))
+
+    def identity(self) -> bytes:
+        """Changes with the images (the names of their files, if they are not in memory) and the labels."""
+        images = _bytes_of(self.images) if isinstance(self.images, Tensor) else self.images.identity()
+        return images + _bytes_of(self.labels)
+
+
+def _bytes_of(values: Tensor) -> bytes:
+    return values.cpu().contiguous().numpy().tobytes()
 
 
 @dataclass(frozen=True)
@@ -96,8 +121,8 @@ class Source(Protocol):
         """The batches of this epoch from position `start` on: the same ones whenever they are asked for."""
 
 
-class TensorSource:
-    """Batches gathered from a split that lives on the run's device.
+class SplitSource:
+    """Batches gathered from a split.
 
     Each process owns every `world`-th sample and shuffles its own share, so that kept perturbations need no exchange.
     The last, smaller batch of an epoch is left out: every update averages over the same number of samples.
@@ -127,9 +152,9 @@ class TensorSource:
         device = self.split.labels.device
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.rank, epoch))
         order = self.share[torch.randperm(len(self.share), generator=generator)].to(device)
-        for b in range(start, self.batches):
-            index = order[b * self.batch_size : (b + 1) * self.batch_size]
-            x, placement = self.split.x(index), None
+        rest = order[: self.batches * self.batch_size].split(self.batch_size)[start:]
+        for b, (index, x) in enumerate(zip(rest, self.split.stream(rest), strict=True), start):
+            placement = None
             if self.augmentation is not None:
                 generator.manual_seed(mix_seed(self.seed, self.rank, epoch, b))
                 placement = self.augmentation.draw(len(index), generator, device)

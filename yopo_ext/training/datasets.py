@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from yopo_ext.training.config import TrainConfig
 from yopo_ext.training.data import Dataset, Split, stratified_split
+from yopo_ext.training.image_files import ImageFiles
 from yopo_ext.training.vision import import_torchvision
 
 
@@ -23,6 +24,7 @@ class Request:
     folder: Path
     download: bool
     image_size: int | None
+    workers: int | None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def load_dataset(
     download: bool = False,
     validation: int | None = None,
     image_size: int | None = None,
+    workers: int | None = None,
 ) -> Dataset:
     """The data set called `name`, its validation split (`validation` samples) held out of the training data.
 
@@ -51,15 +54,17 @@ def load_dataset(
         folder: where torchvision keeps it; "imagefolder": train/CLASS/IMAGE and test/ (or val/) CLASS/IMAGE.
         download: fetch it if it is not there.
         validation: samples to hold out of the training data, at least one per class.
-        image_size: "imagefolder" only: images are resized and cropped to this many pixels, and all held in memory.
+        image_size: "imagefolder" only: images are resized and cropped to this many pixels (None: 224).
+        workers: "imagefolder" only: images stay in their files, and so many processes decode them while a run goes on
+            (0: the run's own). None: all are decoded once and held in memory.
 
     Raises:
-        ValueError: unknown name, or not in the folder, or `validation` out of range.
+        ValueError: unknown name, or not in the folder, `validation` out of range, or images that do not fit into memory.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {name!r}")
     entry = DATASETS[name]
-    rest, test = entry.load(Request(name, Path(folder), download, image_size))
+    rest, test = entry.load(Request(name, Path(folder), download, image_size, workers))
     classes = entry.classes or int(rest.labels.max()) + 1
     held_out = entry.validation if validation is None else validation
     if not classes <= held_out <= len(rest) - classes:
@@ -76,6 +81,7 @@ def dataset_of(config: TrainConfig) -> Dataset:
         download=config.download,
         validation=config.validation_size,
         image_size=config.image_size,
+        workers=config.workers,
     )
 
 
@@ -111,26 +117,33 @@ def _image_folder(request: Request) -> tuple[Split, Split]:
     vision = import_torchvision()
     assert vision is not None
     size = request.image_size or 224
-    transforms = vision.transforms
-    prepare = transforms.Compose(
-        [transforms.Resize(size), transforms.CenterCrop(size), transforms.PILToTensor(), _three_channels]
-    )
     splits = []
     for names in (("train",), ("test", "val")):
         found = next((request.folder / name for name in names if (request.folder / name).is_dir()), None)
         if found is None:
             raise ValueError(f"data_dir must hold a folder {' or '.join(names)} of class folders; got {request.folder}")
-        images = vision.datasets.ImageFolder(str(found), transform=prepare)
-        pixels = torch.empty((len(images), 3, size, size), dtype=torch.uint8)
-        for number in range(len(images)):
-            pixels[number] = images[number][0]
-        splits.append(Split(pixels, torch.tensor(images.targets), 1 / 255))
+        listed = vision.datasets.ImageFolder(str(found))
+        files = ImageFiles([path for path, _ in listed.samples], size, request.workers or 0)
+        if request.workers is None and files.shape.numel() > (available := available_memory()):
+            raise ValueError(
+                f"workers must be given for images that do not fit into memory: the {len(files)} of {found} take "
+                f"{files.shape.numel() / 2**30:.1f} GiB at image_size {size}, and {available / 2**30:.1f} GiB are free"
+            )
+        images = files if request.workers is not None else files.whole()
+        splits.append(Split(images, torch.tensor(listed.targets), 1 / 255))
     train, test = splits
     return train, test
 
 
-def _three_channels(image: Tensor) -> Tensor:
-    return image[:3].expand(3, -1, -1)
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping, as far as the system says."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return sys.maxsize
 
 
 def _fetch(request: Request, class_name: str, **arguments: Any) -> Any:

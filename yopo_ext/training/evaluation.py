@@ -110,21 +110,23 @@ def evaluate_in_parts(
     With a `title` it says how far it is.
     """
     notes = None if journal is None else Journal(journal, fingerprint(model, split, threat, seed, batch_size))
-    generator = torch.Generator(split.labels.device)
+    device = split.labels.device
+    generator = torch.Generator(device)
     starts = {a: range(0, len(split) if a is None else a.count(len(split)), batch_size) for a in (None, *attack_list)}
     correct: dict[str, Tensor] = {}
     progress = Progress(title or "", sum(map(len, starts.values())), shown=title is not None)
     with evaluating(model), true_fp32(), closing(progress):
         for attack, batches in starts.items():
             name = "clean" if attack is None else attack.name
+            parts = [torch.arange(s, min(s + batch_size, batches.stop), device=device) for s in batches]
+            known = [None if notes is None else notes.get(name, number) for number in range(len(parts))]
+            images = split.stream([part for part, found in zip(parts, known, strict=True) if found is None])
             survivors = []
-            for number, start in enumerate(batches):
-                part = slice(start, min(start + batch_size, batches.stop))
-                survived = None if notes is None else notes.get(name, number)
+            for number, (part, survived) in enumerate(zip(parts, known, strict=True)):
                 if survived is None:
                     if deadline is not None and time.monotonic() > deadline:
                         return None
-                    x, y = split.x(part), split.labels[part]
+                    x, y = next(images), split.labels[part]
                     if attack is not None:
                         generator.manual_seed(mix_seed(seed, zlib.crc32(name.encode()), number))
                         x = x + attack(model, x, y, threat, generator)
@@ -144,8 +146,9 @@ def evaluate_in_parts(
 def fingerprint(model: nn.Module, split: Split, threat: ThreatModel, seed: int, batch_size: int) -> str:
     """A short text that changes with anything an accuracy depends on, the attack aside."""
     digest = hashlib.sha256(repr((threat, seed, batch_size)).encode())
-    for values in (*model.state_dict().values(), split.images, split.labels):
+    for values in model.state_dict().values():
         digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(split.identity())
     return digest.hexdigest()[:16]
 
 

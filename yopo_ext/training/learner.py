@@ -145,8 +145,8 @@ class FabricLearner:
         if name != "perturbation":
             return PerSample(torch.zeros(train.images.shape, device=self.device))
         generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, 2))
-        parts = torch.arange(len(train), device=self.device).split(4096)
-        balls = (attacks.AdmissibleSet(train.x(part), threat.eps, threat.norm, threat.bounds) for part in parts)
+        parts = train.stream(torch.arange(len(train), device=self.device).split(4096))
+        balls = (attacks.AdmissibleSet(x, threat.eps, threat.norm, threat.bounds) for x in parts)
         return PerSample(torch.cat([ball.uniform(generator) for ball in balls]))
 
     def _normalised(self, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from yopo_ext.training.alarms import training_alarm
 from yopo_ext.training.augment import Augmentation
 from yopo_ext.training.checkpoint import load_checkpoint, save_checkpoint, write_json
 from yopo_ext.training.config import TrainConfig, differences, resolve
-from yopo_ext.training.data import Dataset, TensorSource
+from yopo_ext.training.data import Dataset, SplitSource
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import evaluate
@@ -78,7 +78,7 @@ class Trainer:
         self.dataset = (dataset or dataset_of(self.config)).to(self.device)
         self.learner = FabricLearner(self.config, self.method, self.dataset, self.fabric)
         assert self.config.batch_size is not None
-        self.source = TensorSource(
+        self.source = SplitSource(
             self.dataset.train,
             self.config.batch_size,
             seed=self.config.seed,
