@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ def final_state(folder):
     state = load_checkpoint(folder / "last.pt")
     state["position"].pop("seconds")
     state["position"].pop("curve")
-    return {name: state[name] for name in ("model", "optimizer", "average", "kept", "carried", "selected", "position")}
+    return {
+        name: state[name] for name in ("model", "optimizer", "average", "kept", "processes", "selected", "position")
+    }
 
 
 def assert_same(a, b, path=""):
@@ -186,10 +189,21 @@ def test_killed_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
-    """DDP on two CPU processes: every sample's perturbation is kept, whichever process owns it, and a run resumes."""
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("yopo-1-2:persist", []),
+        # What each process has for itself: statistics of BatchNorm, which the attack uses, and Free's perturbation.
+        ("pgd-1", ["--model", "timm/test_resnet", "--ema", "9/10"]),
+        ("free-2", ["--model", "timm/test_resnet"]),
+    ],
+)
+def test_two_processes(tmp_path, method, options):
+    """DDP on two CPU processes: a run that is stopped and gone on with ends like one left alone, bit for bit."""
+    if "timm/test_resnet" in options and find_spec("timm") is None:
+        pytest.skip("timm is not installed")
     command = [
-        sys.executable, "-m", "yopo_ext", "train", "--method", "yopo-1-2:persist", "--epochs", "2", "--batch-size", "20",
+        sys.executable, "-m", "yopo_ext", "train", "--method", method, "--epochs", "2", "--batch-size", "20", *options,
         "--validation-steps", "1", "--accelerator", "cpu", "--devices", "2", "--resume", "auto",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
@@ -215,8 +229,12 @@ def test_two_processes(tmp_path):
     state = final_state(tmp_path / "whole")
     digits = load_dataset("digits")
     assert state["position"]["batches"] == 2 * (len(digits.train) // 2 // 20)
-    config = TrainConfig(method="yopo-1-2:persist", epochs=2, batch_size=20, validation_steps=1)
-    untouched = Trainer(config, shown=False).learner.kept["perturbation"].values
-    moved = (state["kept"]["perturbation"] != untouched).flatten(1).any(1)
-    assert moved[0::2].float().mean() > 0.95
-    assert moved[1::2].float().mean() > 0.95
+    first, second = state["processes"]
+    if method.startswith("free"):
+        assert not torch.equal(first["carried"]["perturbation"], second["carried"]["perturbation"])
+    if method.endswith("persist"):
+        config = TrainConfig(method=method, epochs=2, batch_size=20, validation_steps=1)
+        untouched = Trainer(config, shown=False).learner.kept["perturbation"].values
+        moved = (state["kept"]["perturbation"] != untouched).flatten(1).any(1)
+        assert moved[0::2].float().mean() > 0.95
+        assert moved[1::2].float().mean() > 0.95

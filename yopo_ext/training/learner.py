@@ -52,6 +52,7 @@ class FabricLearner:
         self.generator = torch.Generator(self.device)
         self.kept = {name: self._first_kept(name) for name in method.keeps}
         self.carried: dict[str, Tensor] = {}
+        self.processes: list[Any] = []  # what each process has for itself, as of the last `collect`
         self.updates = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,26 +106,40 @@ class FabricLearner:
         return self.module if self.average is None else self.average.module
 
     def synchronise(self) -> None:
-        """Make every process equal: each has its own BatchNorm buffers and keeps the tensors of its own samples."""
+        """Give every process the buffers (BatchNorm's statistics) of the first: each has seen its own samples only."""
+        if self.fabric.world_size > 1:
+            for buffer in self._buffers().values():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def collect(self) -> None:
+        """Gather for `state_dict` what only its own process knows; each of them must call it."""
+        own = {
+            "buffers": {name: buffer.cpu() for name, buffer in self._buffers().items()},
+            "carried": {name: value.cpu() for name, value in self.carried.items()},
+        }
+        self.processes = [own] * self.fabric.world_size
         if self.fabric.world_size == 1:
             return
-        for buffer in self.module.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        torch.distributed.all_gather_object(self.processes, own)
         mine = torch.zeros(len(self.dataset.train), dtype=torch.bool, device=self.device)
         mine[self.fabric.global_rank :: self.fabric.world_size] = True
         for kept in self.kept.values():
             kept.values[~mine] = 0.0
             torch.distributed.all_reduce(kept.values)
 
+    def _buffers(self) -> dict[str, Tensor]:
+        average = {} if self.average is None else dict(self.average.named_buffers(prefix="average"))
+        return {**dict(self.module.named_buffers()), **average}
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from, tensors and plain values only."""
+        """Everything that training goes on from, tensors and plain values only, as of the last `collect`."""
         return {
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "kept": {name: kept.values for name, kept in self.kept.items()},
-            "carried": self.carried,
+            "processes": self.processes,
             "updates": self.updates,
         }
 
@@ -137,7 +152,10 @@ class FabricLearner:
             self.average.load_state_dict(state["average"])
         for name, kept in self.kept.items():
             kept.values.copy_(state["kept"][name])
-        self.carried = {name: value.to(self.device) for name, value in state["carried"].items()}
+        own = state["processes"][self.fabric.global_rank]
+        for name, buffer in self._buffers().items():
+            buffer.copy_(own["buffers"][name])
+        self.carried = {name: value.to(self.device) for name, value in own["carried"].items()}
         self.updates = state["updates"]
 
     def _first_kept(self, name: str) -> PerSample:

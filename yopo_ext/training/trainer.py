@@ -256,7 +256,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Everything that `resume` needs."""
-        self.learner.synchronise()
+        self.learner.collect()
         if self.folder is None or not self.leads:
             return
         state = {**self._description(), **self.learner.state_dict(), "selected": self.selected}
