@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -43,6 +45,8 @@ def test_nothing_carries_a_graph():
 
 def test_explain_names_backend_and_reason():
     text = yopo_ext.explain(X, ETA, P, W, **GOOD)
+    if text.startswith("native cpu"):
+        assert re.match(r"native cpu, (avx512|avx2|baseline): ", text)
     assert text.startswith(("native cpu", "reference"))
     assert "collapsed" in text
     assert "iterated" in yopo_ext.explain(X, ETA, P, W, activation="relu", steps=3, **GOOD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -12,18 +13,20 @@ from .constants import ACTIVATIONS
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend and the variant that will run, with the reasons against faster ones."""
+    """The backend and the loop that will run, with the reasons against faster ones."""
 
     backend: str  # "native cpu", "native cuda", "reference"
-    variant: str
+    loop: str
     reasons: tuple[str, ...] = field(default=())
+    kernel: str = ""  # which of the backend's kernels, and why no faster one of them
 
     @property
     def native(self) -> bool:
         return self.backend != "reference"
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.backend}: {self.variant}", *(f"  not faster because {r}" for r in self.reasons)])
+        backend = f"{self.backend}, {self.kernel}" if self.kernel else self.backend
+        return "\n".join([f"{backend}: {self.loop}", *(f"  not faster because {r}" for r in self.reasons)])
 
 
 def _why_not_native(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
@@ -46,3 +49,11 @@ def choose(x, eta, costate, weight, bias, scale, shift, *rest) -> Choice:
     if reason is None:
         return Choice(f"native {x.device.type}", loop)
     return Choice("reference", loop, (reason,))
+
+
+def describe(*arguments) -> str:
+    """The choice in words, with the kernel that the native library would take; allocates results and launches nothing."""
+    choice = choose(*arguments)
+    if choice.native:
+        choice = dataclasses.replace(choice, kernel=ops.first_layer_variant(*arguments))
+    return str(choice)

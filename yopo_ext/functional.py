@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import ops, validation
 from .constants import NORMS
-from .eligibility import choose
+from .eligibility import choose, describe
 from .validation import Constants
 
 IntOrPair = int | Sequence[int]
@@ -177,4 +177,4 @@ def adversary_steps(
 def explain(x: Tensor, eta: Tensor, costate: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> str:
     """Which backend and variant `first_layer_update` would run for these arguments, and why not a faster one."""
     defaults = first_layer_update.__kwdefaults__ or {}
-    return str(choose(*_arguments(x, eta, costate, weight, bias, **{**defaults, **options})))
+    return describe(*_arguments(x, eta, costate, weight, bias, **{**defaults, **options}))

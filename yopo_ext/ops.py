@@ -2,6 +2,7 @@
 
 `yopo_ext::first_layer_update` is the operation of the package; `yopo_ext::first_layer_update_reference` has the same
 schema and is always the PyTorch definition, so that tests, and inputs no kernel takes, can reach it beside a native one.
+`yopo_ext::first_layer_variant` says in words which kernel the first would run; it allocates results and launches nothing.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from . import _native, reference
 
-SCHEMA = (
+ARGUMENTS = (
     "(Tensor x, Tensor eta, Tensor costate, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     "float[] mean, float[] std, int[] stride, int[] padding, int[] dilation, int groups, int activation, "
     "float negative_slope, int steps, float[] step_size, float[] eps, float[] lo, float[] hi, int norm, "
-    "bool need_output, bool need_weight_grad, bool allow_tf32) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool need_output, bool need_weight_grad, bool allow_tf32)"
 )
+SCHEMA = ARGUMENTS + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+VARIANT_SCHEMA = ARGUMENTS + " -> str"
 
 _library = torch.library.Library("yopo_ext", "DEF")
 
@@ -37,7 +40,11 @@ for _name in ("first_layer_update", "first_layer_update_reference"):
     _library.impl(_name, reference.first_layer_update, "CompositeExplicitAutograd")
     torch.library.register_fake(f"yopo_ext::{_name}", fake, lib=_library)
 
+_library.define("first_layer_variant" + VARIANT_SCHEMA)
+_library.impl("first_layer_variant", lambda *_: "PyTorch operations", "CompositeExplicitAutograd")
+
 native_status = _native.status()
 
 first_layer_update = torch.ops.yopo_ext.first_layer_update.default
 first_layer_update_reference = torch.ops.yopo_ext.first_layer_update_reference.default
+first_layer_variant = torch.ops.yopo_ext.first_layer_variant.default

@@ -11,7 +11,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/params.h"
@@ -113,6 +115,12 @@ class Arguments {
     return {eta_out_, output_, grad_weight, grad_bias_, grad_scale_, grad_shift_};
   }
 
+  bool all_on_cuda(int32_t device) const {
+    for (const Tensor& t : inputs_)
+      if (!t.is_cuda() || t.get_device_index() != device) return false;
+    return true;
+  }
+
   bool empty() const { return params.batch == 0 || params.channels == 0 || params.kernels == 0; }
 
   Params params{};
@@ -164,5 +172,22 @@ class Arguments {
   std::vector<double> constants_[6];
   Tensor eta_out_, output_, grad_weight_, grad_bias_, grad_scale_, grad_shift_;
 };
+
+// The operator's signature, once: parses the arguments and hands them on.
+template <class Result, Result (*Body)(const Arguments& arguments, const Tensor& x, const Tensor& costate,
+                                       const Tensor& weight)>
+Result with_arguments(const Tensor& x, const Tensor& eta, const Tensor& costate, const Tensor& weight,
+                      std::optional<Tensor> bias, std::optional<Tensor> scale, std::optional<Tensor> shift,
+                      std::vector<double> mean, std::vector<double> std, std::vector<int64_t> stride,
+                      std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t activation,
+                      double negative_slope, int64_t steps, std::vector<double> step_size, std::vector<double> eps,
+                      std::vector<double> lo, std::vector<double> hi, int64_t norm, bool need_output,
+                      bool need_weight_grad, bool allow_tf32) {
+  const Arguments arguments(x, eta, costate, weight, bias, scale, shift, std::move(mean), std::move(std), stride,
+                            padding, dilation, groups, activation, negative_slope, steps, std::move(step_size),
+                            std::move(eps), std::move(lo), std::move(hi), norm, need_output, need_weight_grad,
+                            allow_tf32);
+  return Body(arguments, x, costate, weight);
+}
 
 }  // namespace yopo

@@ -1,4 +1,4 @@
-// Layer 2. Registers the CPU kernel of yopo_ext::first_layer_update.
+// Layer 2. Registers the CPU kernels of the operators (schemas: yopo_ext/ops.py).
 #include "launch.h"
 #include "torch/arguments.h"
 
@@ -16,20 +16,7 @@ void fill_zero(const Results& results) {
   for (Tensor& grad : grads) torch::stable::zero_(grad);
 }
 
-}  // namespace
-
-Results first_layer_update_cpu_op(const Tensor& x, const Tensor& eta, const Tensor& costate, const Tensor& weight,
-                                  std::optional<Tensor> bias, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                                  std::vector<double> mean, std::vector<double> std, std::vector<int64_t> stride,
-                                  std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                                  int64_t activation, double negative_slope, int64_t steps,
-                                  std::vector<double> step_size, std::vector<double> eps, std::vector<double> lo,
-                                  std::vector<double> hi, int64_t norm, bool need_output, bool need_weight_grad,
-                                  bool allow_tf32) {
-  const Arguments arguments(x, eta, costate, weight, bias, scale, shift, std::move(mean), std::move(std), stride,
-                            padding, dilation, groups, activation, negative_slope, steps, std::move(step_size),
-                            std::move(eps), std::move(lo), std::move(hi), norm, need_output, need_weight_grad,
-                            allow_tf32);
+Results update(const Arguments& arguments, const Tensor&, const Tensor&, const Tensor&) {
   if (arguments.empty()) {
     fill_zero(arguments.results());
     return arguments.results();
@@ -39,7 +26,14 @@ Results first_layer_update_cpu_op(const Tensor& x, const Tensor& eta, const Tens
   return arguments.results();
 }
 
-STABLE_TORCH_LIBRARY_IMPL(yopo_ext, CPU, m) { m.impl("first_layer_update", TORCH_BOX(&first_layer_update_cpu_op)); }
+std::string variant(const Arguments&, const Tensor&, const Tensor&, const Tensor&) { return cpu_isa(); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(yopo_ext, CPU, m) {
+  m.impl("first_layer_update", TORCH_BOX((&with_arguments<Results, update>)));
+  m.impl("first_layer_variant", TORCH_BOX((&with_arguments<std::string, variant>)));
+}
 
 }  // namespace yopo
 

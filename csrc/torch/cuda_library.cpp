@@ -1,4 +1,4 @@
-// Layer 2. Registers the CUDA kernels of yopo_ext::first_layer_update.
+// Layer 2. Registers the CUDA kernels of the operators (schemas: yopo_ext/ops.py).
 //
 // Nothing here waits for the device, and the only allocations are torch tensors, so a call can be captured in a graph.
 #include <torch/csrc/stable/accelerator.h>
@@ -20,31 +20,29 @@ CudaStream current_stream(int32_t device) {
   return stream;
 }
 
-}  // namespace
+void check_devices(const Arguments& arguments, int32_t device) {
+  STD_TORCH_CHECK(arguments.all_on_cuda(device),
+                  "yopo_ext::first_layer_update: every tensor must be on x's device, cuda:", device);
+}
 
-Results first_layer_update_cuda_op(const Tensor& x, const Tensor& eta, const Tensor& costate, const Tensor& weight,
-                                   std::optional<Tensor> bias, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                                   std::vector<double> mean, std::vector<double> std, std::vector<int64_t> stride,
-                                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                                   int64_t activation, double negative_slope, int64_t steps,
-                                   std::vector<double> step_size, std::vector<double> eps, std::vector<double> lo,
-                                   std::vector<double> hi, int64_t norm, bool need_output, bool need_weight_grad,
-                                   bool allow_tf32) {
+Results update(const Arguments& arguments, const Tensor& x, const Tensor& costate, const Tensor& weight) {
   const int32_t device = x.get_device_index();
-  auto on_device = [device](const Tensor& t) { return t.is_cuda() && t.get_device_index() == device; };
-  bool together = on_device(eta) && on_device(costate) && on_device(weight);
-  for (const std::optional<Tensor>* t : {&bias, &scale, &shift})
-    together = together && (!t->has_value() || on_device(**t));
-  STD_TORCH_CHECK(together, "yopo_ext::first_layer_update: every tensor must be on x's device, cuda:", device);
-
+  check_devices(arguments, device);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Arguments arguments(x, eta, costate, weight, bias, scale, shift, std::move(mean), std::move(std), stride,
-                            padding, dilation, groups, activation, negative_slope, steps, std::move(step_size),
-                            std::move(eps), std::move(lo), std::move(hi), norm, need_output, need_weight_grad,
-                            allow_tf32);
   return cuda_update(arguments, x, costate, weight, current_stream(device));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(yopo_ext, CUDA, m) { m.impl("first_layer_update", TORCH_BOX(&first_layer_update_cuda_op)); }
+std::string variant(const Arguments& arguments, const Tensor& x, const Tensor&, const Tensor&) {
+  check_devices(arguments, x.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  return cuda_variant_text(arguments);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(yopo_ext, CUDA, m) {
+  m.impl("first_layer_update", TORCH_BOX((&with_arguments<Results, update>)));
+  m.impl("first_layer_variant", TORCH_BOX((&with_arguments<std::string, variant>)));
+}
 
 }  // namespace yopo

@@ -13,6 +13,12 @@ inline std::string shape(const Tensor& t) {
   return text + "]";
 }
 
+// What would run, in words; where it is the general kernel, why.
+inline std::string cuda_variant_text(const Arguments& arguments) {
+  if (arguments.empty()) return "nothing to launch";
+  return takes_patches(arguments.params) ? "patches as matrix products" : cuda_variant(arguments.params);
+}
+
 inline Results cuda_update(const Arguments& arguments, const Tensor& x, const Tensor& costate, const Tensor& weight,
                            CudaStream stream) {
   const Params& params = arguments.params;
@@ -22,17 +28,15 @@ inline Results cuda_update(const Arguments& arguments, const Tensor& x, const Te
     for (Tensor& gradient : gradients) torch::stable::zero_(gradient);
     return results;
   }
-  const bool patches = takes_patches(params);
   Status status;
-  if (patches) {
+  if (takes_patches(params)) {
     status = patch_update(params, costate, stream);
   } else {
     const Tensor workspace = torch::stable::new_empty(x, {first_layer_update_cuda_workspace(params)}, ScalarType::Byte);
     status = first_layer_update_cuda(params, workspace.data_ptr(), stream);
   }
-  STD_TORCH_CHECK(status.ok(), "yopo_ext::first_layer_update (CUDA, ",
-                  patches ? "patches as matrix products" : cuda_variant(params), ") on x ", shape(x), ", weight ",
-                  shape(weight), ", costate ", shape(costate), ": ", status.error);
+  STD_TORCH_CHECK(status.ok(), "yopo_ext::first_layer_update (CUDA, ", cuda_variant_text(arguments), ") on x ",
+                  shape(x), ", weight ", shape(weight), ", costate ", shape(costate), ": ", status.error);
   return arguments.results();  // after the launch: it may copy the gradient into the weight's strides
 }
 

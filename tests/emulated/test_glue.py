@@ -9,15 +9,41 @@ from cases import LAYOUTS, make_arguments
 from policy import NAMES, as_dict, check_update
 from variants import AFFINE_PARTS, VARIANTS
 
+from yopo_ext import ops
+
 PATCHES = {"kernels": 24, "size": (17, 12), "kernel": (4, 4), "stride": (4, 4), "padding": (0, 0), "batch": 3}
 
 
 @pytest.fixture(scope="module")
-def update():
+def operators():
     problem = backend.build("emulated_glue")
     assert problem is None, problem
+    library = torch.library.Library("yopo_ext_emulated", "DEF")
+    library.define("first_layer_update" + ops.SCHEMA)
+    library.define("first_layer_variant" + ops.VARIANT_SCHEMA)
     torch.ops.load_library(str(backend.BUILD / "libemulated_glue.so"))
-    return torch.ops.yopo_ext_emulated.first_layer_update.default
+    yield torch.ops.yopo_ext_emulated
+    library._destroy()
+
+
+@pytest.fixture
+def update(operators):
+    return operators.first_layer_update.default
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, "fused 32 columns, one launch, 3 x tf32"),
+        ({"allow_tf32": True}, "fused 32 columns, one launch, tf32"),
+        ({"kernels": 24}, "general (the number of output channels is no multiple of 16)"),
+        (PATCHES, "patches as matrix products"),
+        ({"batch": 0}, "nothing to launch"),
+    ],
+)
+def test_the_variant_in_words(operators, changes, text):
+    shape = {"kernels": 64, "size": (32, 32), "batch": 2}
+    assert operators.first_layer_variant.default(*make_arguments(**{**shape, **changes})) == text
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

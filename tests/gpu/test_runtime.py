@@ -112,4 +112,7 @@ def test_a_device_that_is_not_current():
 def test_explain_names_the_variant():
     a = problem()
     text = yopo_ext.explain(*a[:4], padding=1, activation="relu", steps=3, eps=0.1, step_size=0.1)
-    assert "cuda" in text
+    assert text.startswith("native cuda, fused")
+    assert "3 iterated steps" in text
+    l2 = yopo_ext.explain(*a[:4], padding=1, steps=3, eps=0.1, step_size=0.1, norm="l2")
+    assert "general (the norm is L2)" in l2

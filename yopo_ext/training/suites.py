@@ -46,7 +46,8 @@ class CheckpointTest:
         assert self.trained.model is not None
         self.model, _ = build_model(self.trained.model, dataset.shape[0], dataset.classes)
         self.model.load_state_dict(tested_weights(state))
-        self.model.to(self.device).eval()
+        layout = torch.channels_last if self.trained.channels_last else torch.contiguous_format
+        self.model.to(self.device, memory_format=layout).eval()  # type: ignore[call-overload]
 
     def describe(self) -> str:
         """What would be run, and for how long."""
