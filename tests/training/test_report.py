@@ -11,6 +11,7 @@ RECORD = {
     "robust": {"pgd-20": 50.0, "autoattack@100": 45.0},
     "seconds": 8.0,
     "images_per_second": 100.0,
+    "updates": 1000,
     "peak_memory_mib": None,
     "cost": {"forwards": 11, "input_grads": 11, "weight_grads": 1, "total": 23},
     "curve": [(4.0, 40.0), (8.0, 50.0)],
@@ -48,6 +49,7 @@ def test_seeds_are_averaged():
     row = Row.of([YOPO, second])
     assert "91.0 ± 1.4" in table([row])
     assert row.as_dict([row])["peak_memory_mib"] == 310.0
+    assert row.as_dict([row])["updates"] == {"mean": 1000, "per_seed": [1000, 1000]}
     assert row.as_dict([row])["clean"]["mean"] == pytest.approx(91.0)
 
 

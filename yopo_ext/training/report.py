@@ -20,6 +20,7 @@ class Row:
     robust: dict[str, list[float]]  # by attack
     seconds: list[float]
     images_per_second: list[float]
+    updates: list[int]
     peak_memory: float | None  # MiB on the GPU, the highest of all seeds; None on a CPU
     cost: dict[str, int]
     seeds: list[int]
@@ -34,6 +35,7 @@ class Row:
             robust={attack: [r["robust"][attack] for r in records] for attack in records[0]["robust"]},
             seconds=[r["seconds"] for r in records],
             images_per_second=[r["images_per_second"] for r in records],
+            updates=[r["updates"] for r in records],
             peak_memory=max(
                 (r["peak_memory_mib"] for r in records if r.get("peak_memory_mib") is not None), default=None
             ),
@@ -52,6 +54,7 @@ class Row:
             "robust": {a: {"mean": statistics.fmean(v), "per_seed": v} for a, v in self.robust.items()},
             "seconds": {"mean": statistics.fmean(self.seconds), "per_seed": self.seconds},
             "images_per_second": statistics.fmean(self.images_per_second),
+            "updates": {"mean": statistics.fmean(self.updates), "per_seed": self.updates},
             "peak_memory_mib": self.peak_memory,
             "cost": self.cost,
             "time_ratio": None if reference is None else _ratio(self.seconds, reference.seconds),
