@@ -67,6 +67,30 @@ def _accuracies(row: dict[str, Any]) -> list[list[float]]:
     return [row["clean"]["per_seed"], row["robust"]["pgd-20"]["per_seed"]]
 
 
+def choosing(data: dict[str, Any]) -> str:
+    """The methods on digits that no cheaper one beats, each with the best of the others at no higher cost."""
+    files = ("digits_methods", "digits_yopo_variants")
+    rows = [*data["rows"], *(row for f in files for row in json.loads((RESULTS / f"{f}.json").read_text())["rows"])]
+
+    def units(row: dict[str, Any]) -> float:  # per batch of the common number of epochs
+        own = re.search(r"epochs=(\d+)", row["method"])
+        return row["cost"]["total"] * (int(own[1]) / data["epochs"] if own else 1.0)
+
+    def robust(row: dict[str, Any]) -> float:
+        return row["robust"]["pgd-20"]["mean"]
+
+    lines = []
+    for row in sorted(rows, key=lambda r: (units(r), -robust(r))):
+        cheaper = [other for other in rows if units(other) <= units(row) and other is not row]
+        if all(robust(other) < robust(row) for other in cheaper) and row["method"] != "natural":
+            second = max(cheaper, key=robust)
+            clean = row["clean"]["mean"]
+            lines.append([f"{units(row):.0f}", f"`{row['method']}`", f"{clean:.1f} / {robust(row):.1f}",
+                          f"`{second['method']}` {robust(second):.1f}"])  # fmt: skip
+    lines = [[line[1], line[0], *line[2:]] for line in lines]
+    return markdown(["pick", "from units per batch", "clean / PGD-20 %", "next best at that cost, PGD-20 %"], lines)
+
+
 def first_layer_cpu(data: dict[str, Any]) -> str:
     def times(case: dict[str, Any], name: str) -> str:
         return f"{case['ratios'][name]['ratio']:.1f}x"
@@ -113,6 +137,7 @@ def first_layer_gpu(data: dict[str, Any]) -> str:
 # marker in a document -> (JSON file, renderer)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("digits_comparison", demo),
+    "choosing": ("digits_comparison", choosing),
     "digits_methods": ("digits_methods", digits_methods),
     "first_layer_cpu": ("first_layer_cpu", first_layer_cpu),
     "training_step_cpu": ("training_step_cpu", training_step_cpu),
