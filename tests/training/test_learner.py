@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from yopo_ext.training.adversaries import PgdAttack
 from yopo_ext.training.alarms import training_alarm
 from yopo_ext.training.config import TrainConfig
+from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.models import MODELS, ModelEntry
 from yopo_ext.training.trainer import Trainer
 
@@ -67,6 +69,54 @@ def test_channels_last_gives_the_same_step(few_digits, net_with_norm, method):
         trainer = Trainer(config, dataset=few_digits, shown=False)
         losses.append(trainer.learner.step(next(trainer.source.epoch(0)), 0, lr=0.1).loss)
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+class Normalising(nn.Module):
+    """For a model of pixels: normalisation as its own first module."""
+
+    def forward(self, x):
+        return (x - 0.4) / 0.25
+
+
+@pytest.mark.parametrize(
+    "method", ["natural", "pgd-2", "free-2", "fgsm-rs", "n-fgsm", "fgsm-mep", "trades-2", "yopo-2-2", "trades-yopo-2-2"]
+)
+def test_normalisation_by_option_is_normalisation_in_the_model(few_digits, monkeypatch, method):
+    def inside(channels, classes):
+        conv = nn.Conv2d(channels, 8, 3, padding=1)
+        head = [nn.Sequential(Normalising(), conv), nn.ReLU(), nn.Flatten(), nn.Linear(512, classes)]
+        return nn.Sequential(*head)
+
+    def outside(channels, classes):
+        model = inside(channels, classes)
+        model[0] = model[0][1]
+        return model
+
+    monkeypatch.setitem(MODELS, "inside", ModelEntry(inside, "0"))
+    monkeypatch.setitem(MODELS, "outside", ModelEntry(outside, "0"))
+    results = []
+    for name, options in (("inside", {}), ("outside", {"mean": (0.4,), "std": (0.25,)})):
+        config = TrainConfig(method=method, model=name, epochs=1, batch_size=80, **options)
+        trainer = Trainer(config, dataset=few_digits, shown=False)
+        result = trainer.fit()
+        found = evaluate(result.network, few_digits.test, trainer.learner.threat, [PgdAttack(3)])
+        results.append((found.clean, found.worst, [p.detach() for p in trainer.learner.module.parameters()]))
+    (clean, worst, weights), others = results
+    assert (clean, worst) == pytest.approx(others[:2], abs=5.0)  # of 40 samples: two
+    torch.testing.assert_close(weights, others[2], rtol=0.0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": (0.5,)}, "mean and std must have the same length"),
+        ({"mean": (0.5,), "std": (0.0,)}, "std must be > 0"),
+        ({"mean": (0.5, 0.5), "std": (0.2, 0.2)}, r"mean must have one value or one per channel \(1\)"),
+    ],
+)
+def test_bad_normalisation(few_digits, options, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(TrainConfig(**options), dataset=few_digits, shown=False)
 
 
 @pytest.mark.parametrize("method", ["pgd-2", "free-2", "fgsm-mep", "trades-2", "yopo-2-2", "trades-yopo-2-2"])

@@ -216,6 +216,8 @@ def _export(given: Namespace) -> Job:
         print(f"{len(weights)} tensors, {size} numbers of {model}: {target}")
         if (theirs := robustbench_model(model, state["classes"])) is not None:
             print(f"robustbench.model_zoo.architectures.{theirs} loads them")
+        if state["config"].get("mean"):
+            print(f"their input is (pixels - {state['config']['mean']}) / {state['config']['std']}")
         return 0
 
     return job

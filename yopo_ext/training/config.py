@@ -60,6 +60,8 @@ class TrainConfig:
     )
     eps: float | None = option(None, "radius of the ball, in pixel units (pixels in [0, 1]; 8/255 is fine)")
     norm: Literal["linf", "l2"] = option("linf", "norm of the ball")
+    mean: tuple[float, ...] = option((), "the model gets (pixels - mean) / std, per channel; eps stays in pixel units")
+    std: tuple[float, ...] = option((), "see mean")
     seed: int = option(0, "seed of weights, batch order and attacks")
     out: str | None = option(None, "folder for checkpoints and metrics; nothing in it is ever deleted")
     epochs: int | None = option(None, "passes over the training data")
@@ -81,7 +83,7 @@ class TrainConfig:
     validate_every: int | None = option(None, "epochs between validations")
     validation_steps: int = option(10, "PGD steps of the validation attack")
     select: Literal["best", "last"] = option("best", "which checkpoint is the result: best on validation, or last")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "64-true"] = option("32-true", "arithmetic of the passes")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option("32-true", "arithmetic of the passes")
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run; auto: a GPU if there is one")
     devices: int = option(1, "processes, one per device")
     compile: bool = option(False, "torch.compile the model")
@@ -176,7 +178,11 @@ def threat_model(config: TrainConfig) -> ThreatModel:
     """The threat model of a resolved configuration."""
     assert config.eps is not None
     validation.threat_model(config.eps, 0.0, (0.0, 1.0), config.norm, channels=1)
-    return ThreatModel(config.eps, config.norm)
+    if len(config.mean) != len(config.std):
+        raise ValueError(f"mean and std must have the same length; got {list(config.mean)} and {list(config.std)}")
+    if not all(value > 0.0 for value in config.std):
+        raise ValueError(f"std must be > 0; got {list(config.std)}")
+    return ThreatModel(config.eps, config.norm, mean=config.mean or None, std=config.std or None)
 
 
 @dataclass

@@ -30,6 +30,9 @@ class FabricLearner:
         self.config, self.method, self.dataset, self.fabric = config, method, dataset, fabric
         self.device = fabric.device
         self.threat = threat_model(config)
+        channels = dataset.shape[0]
+        if len(config.mean) not in (0, 1, channels):
+            raise ValueError(f"mean must have one value or one per channel ({channels}); got {list(config.mean)}")
         torch.manual_seed(mix_seed(config.seed))
         self.module, self.first_layer = build_model(config.model, dataset.shape[0], dataset.classes)
         self.module.train()
