@@ -219,6 +219,7 @@ def test_two_processes(tmp_path, method, options):
 
     done = start("whole")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("s of training") == 1  # one process speaks
     parts = 0
     while (done := start("parts", "--stop-after", "0.01")).returncode == 75:
         parts += 1

@@ -177,6 +177,8 @@ def _train(given: Namespace) -> Job:
         result = trainer.fit(None if config.stop_after is None else time.monotonic() + config.stop_after)
         if result is None:
             return UNFINISHED
+        if not trainer.leads:
+            return 0
         print(
             f"{method.spec}: {result.seconds:.1f} s of training, {result.updates} updates, cost {method.cost()} units"
         )

@@ -80,6 +80,7 @@ class CheckpointTest:
             "eps": self.trained.eps,
             "norm": self.trained.norm,
             "split": self.config.split,
+            "precision": "fp32, no TF32",
             "seed": self.config.seed,
             **found.as_dict(),
             "alarms": alarms(found.robust),
