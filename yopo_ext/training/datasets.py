@@ -124,10 +124,11 @@ def _image_folder(request: Request) -> tuple[Split, Split]:
             raise ValueError(f"data_dir must hold a folder {' or '.join(names)} of class folders; got {request.folder}")
         listed = vision.datasets.ImageFolder(str(found))
         files = ImageFiles([path for path, _ in listed.samples], size, request.workers or 0)
-        if request.workers is None and files.shape.numel() > (available := available_memory()):
+        needed, available = 2 * files.shape.numel(), available_memory()  # two copies while validation is split off
+        if request.workers is None and needed > available:
             raise ValueError(
                 f"workers must be given for images that do not fit into memory: the {len(files)} of {found} take "
-                f"{files.shape.numel() / 2**30:.1f} GiB at image_size {size}, and {available / 2**30:.1f} GiB are free"
+                f"{needed / 2**30:.1f} GiB at image_size {size}, and {available / 2**30:.1f} GiB are free"
             )
         images = files if request.workers is not None else files.whole()
         splits.append(Split(images, torch.tensor(listed.targets), 1 / 255))
