@@ -157,7 +157,12 @@ def test_an_evaluation_in_parts_ends_like_a_whole_one(few_digits, tmp_path):
     written = journal.read_text()
     assert part(None) == whole
     assert journal.read_text().startswith(written)
+    first = evaluate(model, few_digits.test.first(15), THREAT, [PgdAttack(3)], batch_size=15)
     model.register_forward_hook(lambda *_: pytest.fail("nothing is left to run"))
     assert part(time.monotonic() - 1.0) == whole
+    limited = evaluate_in_parts(
+        model, few_digits.test, THREAT, [PgdAttack(3, samples=15)], batch_size=15, journal=journal, deadline=0.0
+    )
+    assert limited.robust["pgd-3@15"] == first.robust["pgd-3"]  # from the notes of pgd-3 on all
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     assert part(time.monotonic() - 1.0, other) is None  # other weights share nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
@@ -47,7 +48,7 @@ class Evaluation:
     worst: float  # correct under every attack tried and on the clean image, of the images that met all of them
 
     def as_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "clean": self.clean, **self.robust, "worst": self.worst}
+        return dataclasses.asdict(self)
 
 
 class Journal:
@@ -65,9 +66,9 @@ class Journal:
                 if record["fingerprint"] == fingerprint:
                     self.known[record["attack"], record["batch"]] = record["correct"]
 
-    def get(self, attack: str, batch: int) -> Tensor | None:
+    def get(self, attack: str, batch: int, size: int) -> Tensor | None:
         found = self.known.get((attack, batch))
-        return None if found is None else torch.tensor([digit == "1" for digit in found])
+        return None if found is None or len(found) != size else torch.tensor([digit == "1" for digit in found])
 
     def put(self, attack: str, batch: int, correct: Tensor) -> None:
         text = "".join("1" if value else "0" for value in correct.tolist())
@@ -117,9 +118,10 @@ def evaluate_in_parts(
     progress = Progress(title or "", sum(map(len, starts.values())), shown=title is not None)
     with evaluating(model), true_fp32(), closing(progress):
         for attack, batches in starts.items():
-            name = "clean" if attack is None else attack.name
+            # Seeds and notes go by the kind: an attack on the first images does what it does to them among all.
+            name, kind = ("clean", "clean") if attack is None else (attack.name, attack.kind)
             parts = [torch.arange(s, min(s + batch_size, batches.stop), device=device) for s in batches]
-            known = [None if notes is None else notes.get(name, number) for number in range(len(parts))]
+            known = [None if notes is None else notes.get(kind, n, len(part)) for n, part in enumerate(parts)]
             images = split.stream([part for part, found in zip(parts, known, strict=True) if found is None])
             survivors = []
             for number, (part, survived) in enumerate(zip(parts, known, strict=True)):
@@ -128,11 +130,11 @@ def evaluate_in_parts(
                         return None
                     x, y = next(images), split.labels[part]
                     if attack is not None:
-                        generator.manual_seed(mix_seed(seed, zlib.crc32(name.encode()), number))
+                        generator.manual_seed(mix_seed(seed, zlib.crc32(kind.encode()), number))
                         x = x + attack(model, x, y, threat, generator)
                     survived = is_correct(model, x, y, threat).cpu()
                     if notes is not None:
-                        notes.put(name, number, survived)
+                        notes.put(kind, number, survived)
                 survivors.append(survived)
                 progress.advance()
             correct[name] = torch.cat(survivors).double()
