@@ -7,7 +7,6 @@ A run is a folder of `yopo-ext train`, with the reports of `yopo-ext evaluate RU
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,23 +14,23 @@ from typing import Any
 
 from yopo_ext.training import methods
 from yopo_ext.training.checkpoint import write_json
+from yopo_ext.training.metrics import MetricsFile
 
 
 def run_of(folder: Path) -> dict[str, Any]:
     facts, result = (json.loads((folder / name).read_text()) for name in ("run.json", "result.json"))
-    cost = methods.parse(result["method"]).cost()
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("evaluation-*.json"))]
     robust = {name: value for report in reports for name, value in report["robust"].items()}
     return {
         **result,
-        "cost": {**dataclasses.asdict(cost), "total": cost.total},
+        "cost": methods.parse(result["method"]).cost().as_dict(),
         "config": {name: value for name, value in facts["config"].items() if name not in ("out", "data_dir")},
         "environment": facts["environment"],
         "samples": reports[0]["samples"],
         "clean": reports[0]["clean"],
         "robust": robust,
         "alarms": sorted({text for report in reports for text in report["alarms"]}),
-        "curve": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+        "curve": MetricsFile(folder / "metrics.jsonl").read(),
     }
 
 

@@ -26,6 +26,10 @@ def machine(environment: dict[str, Any]) -> str:
     return f"{environment['cpu']} ({environment['cores']} cores), torch {torch}{date}"
 
 
+def rows_of(file: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{file}.json").read_text())["rows"]
+
+
 def demo(data: dict[str, Any]) -> str:
     def spread(cell: dict[str, Any]) -> str:
         values = cell["per_seed"]
@@ -50,7 +54,7 @@ def demo(data: dict[str, Any]) -> str:
 
 def digits_methods(data: dict[str, Any]) -> str:
     """Accuracies and costs of every method; no seconds: the runs shared their machine with other work."""
-    rows = [*data["rows"], *json.loads((RESULTS / "digits_yopo_variants.json").read_text())["rows"]]
+    rows = [*data["rows"], *rows_of("digits_yopo_variants")]
     lines = [
         [
             row["method"],
@@ -69,8 +73,7 @@ def _accuracies(row: dict[str, Any]) -> list[list[float]]:
 
 def choosing(data: dict[str, Any]) -> str:
     """The methods on digits that no cheaper one beats, each with the best of the others at no higher cost."""
-    files = ("digits_methods", "digits_yopo_variants")
-    rows = [*data["rows"], *(row for f in files for row in json.loads((RESULTS / f"{f}.json").read_text())["rows"])]
+    rows = [*data["rows"], *rows_of("digits_methods"), *rows_of("digits_yopo_variants")]
 
     def units(row: dict[str, Any]) -> float:  # per batch of the common number of epochs
         own = re.search(r"epochs=(\d+)", row["method"])
@@ -85,9 +88,8 @@ def choosing(data: dict[str, Any]) -> str:
         if all(robust(other) < robust(row) for other in cheaper) and row["method"] != "natural":
             second = max(cheaper, key=robust)
             clean = row["clean"]["mean"]
-            lines.append([f"{units(row):.0f}", f"`{row['method']}`", f"{clean:.1f} / {robust(row):.1f}",
+            lines.append([f"`{row['method']}`", f"{units(row):.0f}", f"{clean:.1f} / {robust(row):.1f}",
                           f"`{second['method']}` {robust(second):.1f}"])  # fmt: skip
-    lines = [[line[1], line[0], *line[2:]] for line in lines]
     return markdown(["pick", "from units per batch", "clean / PGD-20 %", "next best at that cost, PGD-20 %"], lines)
 
 

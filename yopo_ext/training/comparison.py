@@ -148,7 +148,6 @@ def run_and_test(
     )
     if found is None:
         return None
-    cost = result.method.cost()
     samples = trainer.at.batches * trainer.source.batch_size * trainer.fabric.world_size
     return {
         "method": text,
@@ -161,7 +160,7 @@ def run_and_test(
         "updates": result.updates,
         "images_per_second": samples / result.seconds,
         "peak_memory_mib": peak,
-        "cost": {**dataclasses.asdict(cost), "total": cost.total},
+        "cost": result.method.cost().as_dict(),
         "selected": result.validation,
         "curve": trainer.at.curve,
     }

@@ -55,12 +55,13 @@ class Split:
 
     def identity(self) -> bytes:
         """Changes with the images (the names of their files, if they are not in memory) and the labels."""
-        images = _bytes_of(self.images) if isinstance(self.images, Tensor) else self.images.identity()
-        return images + _bytes_of(self.labels)
+        images = bytes_of(self.images) if isinstance(self.images, Tensor) else self.images.identity()
+        return images + bytes_of(self.labels)
 
 
-def _bytes_of(values: Tensor) -> bytes:
-    return values.cpu().contiguous().numpy().tobytes()
+def bytes_of(values: Tensor) -> bytes:
+    """The values' bytes in logical order, of any dtype and on any device."""
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)

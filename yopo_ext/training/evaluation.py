@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from yopo_ext.modes import evaluating
 from yopo_ext.training.adversaries import Attack, pixel_model
 from yopo_ext.training.checkpoint import append_line
-from yopo_ext.training.data import Split, mix_seed
+from yopo_ext.training.data import Split, bytes_of, mix_seed
 from yopo_ext.training.methods.base import ThreatModel
 from yopo_ext.training.progress import Progress
 
@@ -149,7 +149,7 @@ def fingerprint(model: nn.Module, split: Split, threat: ThreatModel, seed: int, 
     """A short text that changes with anything an accuracy depends on, the attack aside."""
     digest = hashlib.sha256(repr((threat, seed, batch_size)).encode())
     for values in model.state_dict().values():
-        digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(bytes_of(values))
     digest.update(split.identity())
     return digest.hexdigest()[:16]
 

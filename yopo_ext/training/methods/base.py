@@ -28,6 +28,9 @@ class Cost:
     def total(self) -> int:
         return self.forwards + self.input_grads + self.weight_grads
 
+    def as_dict(self) -> dict[str, int]:
+        return {**dataclasses.asdict(self), "total": self.total}
+
     def __str__(self) -> str:
         return f"{self.total} ({self.forwards}f + {self.input_grads}i + {self.weight_grads}w)"
 
