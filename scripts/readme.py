@@ -104,23 +104,18 @@ def mnist(data: dict[str, Any]) -> str:
             or "not run"
         )
 
+    def given(config: dict[str, Any]) -> str:
+        return f"{config['epochs']} epochs" if config["time_budget"] is None else f"{config['time_budget']:,.0f} s"
+
+    tests = {"pgd-40:0.01": "PGD-40 %", "cw-40-10": "CW-40, 10 restarts %", "autoattack": "AutoAttack %"}
+    head = ["method", "given", "updates", "seconds", "units per batch", "clean %", *tests.values()]
     lines = [
         [
-            f"`{row['method']}`", f"{row['updates']:,}", f"{row['seconds']:,.0f}", str(row["cost"]["total"]), f"{row['clean']:.1f}",
-            *(accuracy(row, attack) for attack in ("pgd-40:0.01", "cw-40-10", "autoattack")),
+            f"`{row['method']}`", given(row["config"]), f"{row['updates']:,}", f"{row['seconds']:,.0f}", str(row["cost"]["total"]),
+            f"{row['clean']:.1f}", *(accuracy(row, attack) for attack in tests),
         ]
         for row in data["rows"]
     ]  # fmt: skip
-    head = [
-        "method",
-        "updates",
-        "seconds",
-        "units per batch",
-        "clean %",
-        "PGD-40 %",
-        "CW-40, 10 restarts %",
-        "AutoAttack %",
-    ]
     where = data["rows"][0]["environment"]
     return markdown(head, lines) + f"\n\n{machine(where)}, {where['threads']} thread per run, one seed."
 
