@@ -23,14 +23,17 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 def machine(environment: dict[str, Any]) -> str:
     torch = environment.get("torch") or environment["packages"]["torch"]
     date = f", {environment['date']}" if "date" in environment else ""
-    return f"{environment['cpu']} ({environment['cores']} cores), torch {torch}{date}"
+    processor = environment.get("gpu") or f"{environment['cpu']} ({environment['cores']} cores)"
+    return f"{processor}, torch {torch}{date}"
 
 
 def rows_of(file: str) -> list[dict[str, Any]]:
     return json.loads((RESULTS / f"{file}.json").read_text())["rows"]
 
 
-def demo(data: dict[str, Any]) -> str:
+def comparison(data: dict[str, Any]) -> str:
+    """What `yopo-ext compare` found."""
+
     def spread(cell: dict[str, Any]) -> str:
         values = cell["per_seed"]
         return f"{cell['mean']:.1f} ({min(values):.1f} .. {max(values):.1f})"
@@ -165,9 +168,10 @@ def first_layer_gpu(data: dict[str, Any]) -> str:
 
 # marker in a document -> (JSON file, renderer)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "demo": ("digits_comparison", demo),
+    "demo": ("digits_comparison", comparison),
     "choosing": ("digits_comparison", choosing),
     "mnist": ("mnist", mnist),
+    "cifar10": ("cifar10_comparison", comparison),
     "digits_methods": ("digits_methods", digits_methods),
     "first_layer_cpu": ("first_layer_cpu", first_layer_cpu),
     "training_step_cpu": ("training_step_cpu", training_step_cpu),

@@ -174,6 +174,22 @@ def test_after_pass_sees_complete_gradients_and_may_update() -> None:
     assert not torch.equal(result.losses, step(small(), outer_steps=3).losses)
 
 
+def test_the_pass_after_an_update_runs_on_the_new_weights_under_autocast() -> None:
+    losses = []
+    x, _, eta = batch(torch.float32)
+    for cache in (True, False):
+        model = network(STEMS["conv_relu"], dtype=torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+
+        def after_pass(j: int, model: torch.nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+            losses.append(step(model, x=x, init=eta, outer_steps=4, after_pass=after_pass).losses)
+    assert torch.equal(*losses)
+
+
 def test_gradients_are_not_divided_when_every_pass_is_an_update() -> None:
     seen: list[list[torch.Tensor]] = []
     for reduction in (None, "sum", "mean"):

@@ -156,6 +156,7 @@ def yopo_step(
                     break
                 if after_pass is not None:
                     after_pass(j)
+                    torch.clear_autocast_cache()  # else the next pass would run on the weights before the update
                     if not last:
                         step.guard.remember()
     losses += [torch.full_like(losses[0], math.nan)] * (outer_steps - len(losses))

@@ -90,6 +90,7 @@ def test_masked_gradients_raise_the_alarm():
     assert alarms({"pgd-20": 50.0, "square@100": 48.0}) == []  # other images
     assert "Square" in alarms({"pgd-20": 60.0, "pgd-20@100": 50.0, "square@100": 48.0})[0]
     assert "PGD-50 leaves 10.0 points less" in alarms({"pgd-20": 50.0, "pgd-50-10": 40.0})[0]
+    assert alarms({"pgd-20": 50.0, "pgd-500": 40.0, "pgd-50:0.001": 40.0, "cw-50": 40.0}) == []  # other attacks
 
 
 def test_suites_are_made_of_known_attacks():

@@ -104,6 +104,8 @@ def test_yaml_and_command_line_combine(tmp_path, capsys):
         (["compare", "--methods", "natural,natural"], "methods must be a list without repetitions"),
         (["compare", "--methods", "natural,sgd"], "method must be one of"),
         (["compare", "--test-attacks", "fgsm"], "attack must look like pgd-20"),
+        (["compare", "--devices", "2"], "devices must be 1 to compare; got 2"),
+        (["compare", "--methods", "natural,pgd-1:batch-size=9999", "--out", "."], "batch_size must be between 1 and"),
         (["compare", "--dataset", "mnist", "--dry-run"], "data_dir must hold mnist, or give download; got 'data'"),
         (["train", "--dataset", "cifar10"], "data_dir must hold cifar10, or give download; got 'data'"),
         (["evaluate", "nothing.pt"], "no checkpoint at nothing.pt"),
@@ -181,5 +183,14 @@ def test_compare_stops_on_time_and_goes_on(tmp_path, capsys):
     assert calls > 1
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     table = (out / "comparison.txt").read_text()
+    seconds = [row["seconds"] for row in json.loads((out / "comparison.json").read_text())["rows"]]
     assert main(arguments) == 0  # nothing is run again
     assert (out / "comparison.txt").read_text() == table
+    capsys.readouterr()
+    assert main([*arguments, "--epochs", "3"]) == 2  # nor relabelled
+    assert "same configuration; in" in capsys.readouterr().err
+    weights = (out / "natural" / "seed-0" / "model.pt").read_bytes()
+    assert main([*arguments, "--test-attacks", "pgd-3"]) == 0  # tested anew, trained no more
+    assert (out / "natural" / "seed-0" / "model.pt").read_bytes() == weights
+    assert "PGD-3 %" in (out / "comparison.txt").read_text()
+    assert [row["seconds"] for row in json.loads((out / "comparison.json").read_text())["rows"]] == seconds

@@ -69,6 +69,13 @@ def image_folder(tmp_path):
 
 
 @needs_torchvision
+def test_image_folders_with_other_classes_for_testing(image_folder):
+    (image_folder / "val" / "cat").rename(image_folder / "val" / "ant")
+    with pytest.raises(ValueError, match="same class folders for training and testing; only in one: ant, cat"):
+        load_dataset("imagefolder", image_folder, validation=4, image_size=16)
+
+
+@needs_torchvision
 @pytest.mark.parametrize("workers", [None, 0, 2])
 def test_image_folders(image_folder, workers):
     data = load_dataset("imagefolder", image_folder, validation=4, image_size=16, workers=workers)

@@ -119,6 +119,7 @@ def test_an_attack_on_the_first_images_only():
     found = evaluate(Threshold(), split, THREAT, [PgdAttack(10), PgdAttack(10, samples=4)], batch_size=3)
     assert found.robust == {"pgd-10": pytest.approx(100 * 4 / 7), "pgd-10@4": pytest.approx(75.0)}
     assert found.worst == pytest.approx(75.0)  # of the four images that met both
+    assert found.worst_samples == 4
     assert found.clean == 100.0
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -138,6 +139,39 @@ def test_compile_gives_the_same_step(few_digits, net_with_norm, method):
         trainer = Trainer(config, dataset=few_digits, shown=False)
         losses.append(trainer.learner.step(next(trainer.source.epoch(0)), 0, lr=0.1).loss)
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["free-2", "fgsm-mep", "yopo-2-2:persist"])
+def test_a_rehearsal_leaves_no_trace(few_digits, net_with_norm, method):
+    config = TrainConfig(method=method, model=net_with_norm, ema=0.9)
+    states = []
+    for rehearsed in (False, True):
+        trainer = Trainer(config, dataset=few_digits, shown=False)
+        batches = list(trainer.source.epoch(0))
+        trainer.learner.step(batches[0], 0, lr=0.1)
+        if rehearsed:
+            trainer.learner.rehearse(batches[1])
+        trainer.learner.step(batches[2], 1, lr=0.1)
+        trainer.learner.collect()
+        states.append(trainer.learner.state_dict())
+    torch.testing.assert_close(*states, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["natural", "yopo-2-2"])
+def test_an_overflow_in_fp16_skips_the_update(few_digits, method):
+    """Also where gradients are clipped, whose norm is then not finite."""
+    config = TrainConfig(method=method, clip=1.0)
+    trainer = Trainer(config, dataset=few_digits, shown=False)
+    learner = trainer.learner
+    from lightning.fabric.plugins import MixedPrecision  # not before the trainer has seen to torchvision
+
+    precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**127))
+    learner.fabric.strategy.precision = learner.fabric._precision = precision
+    learner.config = dataclasses.replace(learner.config, precision="16-mixed")
+    before = [p.clone() for p in learner.module.parameters()]
+    learner.step(next(trainer.source.epoch(0)), 0, lr=0.1)
+    assert all(torch.equal(p, q) for p, q in zip(before, learner.module.parameters(), strict=True))
+    assert precision.scaler.get_scale() == 2.0**126
 
 
 def test_what_a_method_keeps_starts_in_the_ball_and_changes(few_digits):

@@ -110,6 +110,7 @@ def test_numbers_options_and_defaults():
         ),
         ("natural", {"steps": 3}, "steps is no option of method 'natural', which takes no options"),
         ("pgd-10", {"steps": 3}, "steps is 3 but method='pgd-10' says 10"),
+        ("pgd:step-size=1/10", {"step_size": 0.2}, "step_size is 0.2 but method='pgd:step-size=1/10' says 0.1"),
         ("pgd:steps=2.5", {}, "steps must be an integer; got '2.5'"),
         ("pgd:init=random", {}, "init must be one of 'uniform', 'zero'; got 'random'"),
         ("yopo:persist=maybe", {}, "persist must be true or false; got 'maybe'"),

@@ -28,6 +28,7 @@ def run(few_digits, tmp_path, name, **change):
 def final_state(folder):
     state = load_checkpoint(folder / "last.pt")
     state["position"].pop("seconds")
+    state["position"].pop("compile_seconds")
     state["position"].pop("curve")
     return {
         name: state[name] for name in ("model", "optimizer", "average", "kept", "processes", "selected", "position")
@@ -186,6 +187,21 @@ def test_killed_processes(tmp_path):
     assert_same(*models)
     records = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in records] == [1, 2, 3]
+    assert not list((tmp_path / "parts").glob(".*"))  # half-written files
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["natural", "yopo-1-2", "yopo-2-2"])
+def test_a_compiled_run_keeps_its_bits(few_digits, tmp_path, method):
+    settings = {"method": method, "epochs": 1, "compile": True}
+    whole = run(few_digits, tmp_path, "whole", **settings)
+    torch.compiler.reset()  # as in a new process
+    config = TrainConfig(**{**CONFIG, **settings, "out": str(tmp_path / "parts"), "resume": "auto"})
+    assert Trainer(config, dataset=few_digits, shown=False).fit(deadline=time.monotonic()) is None
+    torch.compiler.reset()
+    parts = run(few_digits, tmp_path, "parts", **settings, resume="auto")
+    assert_same(parts.network.state_dict(), whole.network.state_dict())
+    assert parts.compile_seconds > 0.0
 
 
 @pytest.mark.slow

@@ -10,6 +10,9 @@ from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.trainer import Trainer
 
 
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
 def weights(trainer):
     return {name: value.clone() for name, value in trainer.learner.module.state_dict().items()}
 
@@ -92,6 +95,11 @@ def test_selection_takes_the_best_validated_epoch_or_the_last(few_digits, tmp_pa
     assert results["best"].validation["validation_clean"] == max(r["validation_clean"] for r in records)
     last = load_checkpoint(tmp_path / "last" / "last.pt")
     assert same(last["model"], results["last"].network.state_dict())
+    records = [json.loads(line) for line in (tmp_path / "last" / "metrics.jsonl").read_text().splitlines()]
+    model = load_checkpoint(tmp_path / "last" / "model.pt")
+    for found in (results["last"].validation, model["validation"]):
+        assert found == {name: records[-1][name] for name in ("validation_clean", "validation_pgd", "epoch")}
+    assert same(model["model"], last["model"])
 
 
 def test_time_budget_ends_the_run(few_digits):
@@ -137,6 +145,10 @@ def test_defaults_come_from_the_data_set_and_the_method():
         ({"time_budget": 0.0}, "time_budget must be > 0"),
         ({"seed": -1}, "seed must be an integer >= 0"),
         ({"method": "n-fgsm", "norm": "l2"}, "norm must be 'linf' for method 'n-fgsm'"),
+        ({"model": "smallcnn"}, r"model must take images of shape \[1, 8, 8\]; 'smallcnn' says"),
+        pytest.param(
+            {"accelerator": "cuda"}, "accelerator must be 'auto' or 'cpu' where PyTorch finds no GPU", marks=WITHOUT_GPU
+        ),
     ],
 )
 def test_bad_configurations_are_named(few_digits, change, message):

@@ -47,6 +47,14 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         file.write((json.dumps(record) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files that killed writers left in a folder nobody else writes to."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

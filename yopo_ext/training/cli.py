@@ -270,7 +270,8 @@ def _plan(runs: Sequence[tuple[str, TrainConfig]], test_attacks: Sequence[str] =
             if text not in seen:
                 seen[text] = found = estimate(run, dataset, attacks)
                 times = sum(other == text for other, _ in runs)
-                what = f"{run.epochs} epochs of {run.dataset}, {run.model}, eps {run.eps:.4g}"
+                length = f"{run.epochs} epochs" if run.time_budget is None else f"{run.time_budget:g} s"
+                what = f"{length} of {run.dataset}, {run.model}, eps {run.eps:.4g}"
                 print(f"{text}: {times} x ({what}): {found}")
         training = sum(seen[text].training for text, _ in runs)
         evaluation = sum(seen[text].evaluation for text, _ in runs)

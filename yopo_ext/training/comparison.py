@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from yopo_ext.training.adversaries import parse_attacks
 from yopo_ext.training.checkpoint import write_atomically, write_json
-from yopo_ext.training.config import CompareConfig, TrainConfig, resolve
-from yopo_ext.training.data import Dataset
+from yopo_ext.training.config import CompareConfig, TrainConfig, device_for, require_same, resolve
+from yopo_ext.training.data import Dataset, SplitSource
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import evaluate_in_parts
@@ -47,6 +46,10 @@ def plan(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
         if len(values) == 0 or len(set(values)) != len(values):
             raise ValueError(f"{name} must be a list without repetitions, at least one long; got {list(values)}")
     parse_attacks(config.test_attacks)
+    if config.train.devices != 1:
+        raise ValueError(
+            f"devices must be 1 to compare; got {config.train.devices}: train each method by `train`, test it by `evaluate`"
+        )
     runs = []
     for turn, seed in enumerate(config.seeds):
         shift = turn % len(config.methods)
@@ -71,6 +74,8 @@ def with_own_options(train: TrainConfig, text: str) -> TrainConfig:
             own[key] = OWN_OPTIONS[key](number)
         else:
             method += f":{setting}"
+    if "epochs" in own:
+        own.setdefault("time_budget", None)  # that of all methods would win over its epochs
     return dataclasses.replace(train, method=method, **own)
 
 
@@ -90,10 +95,18 @@ class Comparison:
         self.runs = plan(config)
         self.out = Path(config.train.out) if config.train.out else None
         self.metrics = None if self.out is None else MetricsFile(self.out / "metrics.jsonl")
-        self.done = {} if self.metrics is None else {(r["method"], r["seed"]): r for r in self.metrics.read()}
-        if self.done and config.train.resume == "never":
+        records = [] if self.metrics is None else self.metrics.read()
+        if records and config.train.resume == "never":
             raise ValueError(f"out must be a folder without a comparison unless resume is 'auto'; {self.out} holds one")
+        # A run tested otherwise is tested again; training it again is not needed.
+        self.done = {(r["method"], r["seed"]): r for r in records if r.get("test") == config.test()}
+        for _, run in self.runs:
+            if run.out is not None and (facts := Path(run.out) / "run.json").exists():
+                require_same(json.loads(facts.read_text())["config"], run)
         self.dataset = dataset_of(config.train)
+        for _, run in self.runs:
+            assert run.batch_size is not None
+            SplitSource(self.dataset.train, run.batch_size, seed=run.seed)  # its checks, before anything is trained
 
     def run(self) -> list[Row] | None:
         """The table's rows; None if `config.train.stop_after` ended it early (`resume="auto"` goes on from there)."""
@@ -117,7 +130,7 @@ class Comparison:
     def _write(self, rows: list[Row], out: Path) -> None:
         first = self.runs[0][1]
         facts = {name: getattr(first, name) for name in ("dataset", "model", "eps", "norm", "epochs", "time_budget")}
-        facts |= {"seeds": list(self.config.seeds), "environment": environment()}
+        facts |= {"seeds": list(self.config.seeds), "environment": environment(device_for(first.accelerator))}
         write_json(out / "comparison.json", {**facts, "rows": [row.as_dict(rows) for row in rows]})
         write_atomically(out / "comparison.txt", lambda file: file.write((table(rows) + "\n").encode()))
         save_plot(rows, out / "accuracy-time.png", title=f"{first.dataset}, {first.norm} {first.eps:.4g}")
@@ -128,13 +141,9 @@ def run_and_test(
 ) -> dict[str, Any] | None:
     """Train once and attack the selected weights on the test split; None if the deadline passed before."""
     trainer = Trainer(run, dataset=dataset, shown=shown)
-    cuda = trainer.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(trainer.device)
     result = trainer.fit(deadline)
     if result is None:
         return None
-    peak = torch.cuda.max_memory_allocated(trainer.device) / 2**20 if cuda else None  # of training and validation
     attacks = parse_attacks(config.test_attacks)
     found = evaluate_in_parts(
         result.network,
@@ -148,18 +157,16 @@ def run_and_test(
     )
     if found is None:
         return None
-    samples = trainer.at.batches * trainer.source.batch_size * trainer.fabric.world_size
     return {
         "method": text,
         "seed": run.seed,
-        "clean": found.clean,
-        "robust": found.robust,
-        "worst": found.worst,
-        "test_samples": found.samples,
+        "test": config.test(),
+        **found.as_dict(),
         "seconds": result.seconds,
         "updates": result.updates,
-        "images_per_second": samples / result.seconds,
-        "peak_memory_mib": peak,
+        "images_per_second": result.images / result.seconds,
+        "compile_seconds": result.compile_seconds,
+        "peak_memory_mib": result.peak_memory,
         "cost": result.method.cost().as_dict(),
         "selected": result.validation,
         "curve": trainer.at.curve,

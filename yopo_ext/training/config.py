@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from yopo_ext import validation
 from yopo_ext.training import methods
@@ -129,6 +132,7 @@ def check(config: TrainConfig) -> None:
     for name, hint in hints.items():
         if typing.get_origin(hint) is Literal:
             validation.choice(name, getattr(config, name), typing.get_args(hint))
+    device_for(config.accelerator)
     check_model_name(config.model)
     for name, low in (("epochs", 1), ("batch_size", 1), ("validate_every", 1), ("validation_steps", 1), ("devices", 1)):
         validation.integer(name, getattr(config, name), low)
@@ -163,15 +167,24 @@ def check(config: TrainConfig) -> None:
     make_schedule(config.schedule, config.milestones, config.warmup)
 
 
+def device_for(accelerator: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" stands for; ValueError for a GPU where there is none."""
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("accelerator must be 'auto' or 'cpu' where PyTorch finds no GPU; got 'cuda'")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 # What may change between the parts of an interrupted run.
 CHANGEABLE = ("out", "data_dir", "download", "workers", "resume", "save_every", "tensorboard", "stop_after")
 
 
-def differences(saved: dict[str, Any], config: TrainConfig) -> str:
-    """How a saved configuration differs from this one where the result depends on it; "" if it does not."""
-    now = dataclasses.asdict(config)
-    changed = [name for name in now if name not in CHANGEABLE and saved.get(name) != now[name]]
-    return ", ".join(f"{name} was {saved.get(name)!r}, not {now[name]!r}" for name in changed)
+def require_same(saved: dict[str, Any], config: TrainConfig) -> None:
+    """Raise ValueError unless the configuration saved in the folder `config.out` leads to the same result as `config`."""
+    then, now = (json.loads(json.dumps(facts)) for facts in (saved, dataclasses.asdict(config)))  # lists for tuples
+    changed = [name for name in now if name not in CHANGEABLE and then.get(name) != now[name]]
+    if changed:
+        how = ", ".join(f"{name} was {then.get(name)!r}, not {now[name]!r}" for name in changed)
+        raise ValueError(f"out must hold a run with the same configuration; in {config.out} {how}")
 
 
 def threat_model(config: TrainConfig) -> ThreatModel:
@@ -191,7 +204,11 @@ class EvaluateConfig:
 
     checkpoint: str = option("", "model.pt or last.pt of a run")
     suite: Literal["quick", "standard", "full"] = option("quick", "which attacks")
-    attacks: tuple[str, ...] | None = option(None, "attacks instead of a suite, comma separated: pgd-50-10,apgd-t")
+    attacks: tuple[str, ...] | None = option(
+        None,
+        "attacks instead of a suite, comma separated: pgd-STEPS[-RESTARTS][:STEP_SIZE] or cw-... (margin loss), apgd-ce, "
+        "apgd-t, square, autoattack; with @1000 after it: on the first 1000 images only",
+    )
     split: Literal["test", "validation"] = option("test", "which split to attack")
     samples: int | None = option(None, "only the first so many samples")
     seed: int = option(0, "seed of the attacks' random starts")
@@ -209,7 +226,11 @@ class CompareConfig:
     )
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds, comma separated: each method is trained once with each")
     test_attacks: tuple[str, ...] = option(
-        ("pgd-20",), "attacks on the test split, comma separated: pgd-STEPS[-RESTARTS]"
+        ("pgd-20",), "attacks on the test split, comma separated, written as for evaluate --attacks"
     )
     test_samples: int | None = option(None, "only the first so many test samples")
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def test(self) -> dict[str, Any]:
+        """What is tried on every trained model, JSON-ready."""
+        return {"attacks": list(self.test_attacks), "samples": self.test_samples}

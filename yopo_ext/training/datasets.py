@@ -117,7 +117,7 @@ def _image_folder(request: Request) -> tuple[Split, Split]:
     vision = import_torchvision()
     assert vision is not None
     size = request.image_size or 224
-    splits = []
+    splits, classes = [], []
     for names in (("train",), ("test", "val")):
         found = next((request.folder / name for name in names if (request.folder / name).is_dir()), None)
         if found is None:
@@ -132,6 +132,10 @@ def _image_folder(request: Request) -> tuple[Split, Split]:
             )
         images = files if request.workers is not None else files.whole()
         splits.append(Split(images, torch.tensor(listed.targets), 1 / 255))
+        classes.append(listed.classes)  # a class's label is its place in this list
+    if classes[0] != classes[1]:
+        only = ", ".join(sorted(set(classes[0]) ^ set(classes[1])))
+        raise ValueError(f"data_dir must hold the same class folders for training and testing; only in one: {only}")
     train, test = splits
     return train, test
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.modes import evaluating
-from yopo_ext.training.adversaries import Attack, pixel_model
+from yopo_ext.training.adversaries import Attack, PgdAttack, parse_attack, pixel_model
 from yopo_ext.training.checkpoint import append_line
 from yopo_ext.training.data import Split, bytes_of, mix_seed
 from yopo_ext.training.methods.base import ThreatModel
@@ -45,7 +45,8 @@ class Evaluation:
     samples: int
     clean: float
     robust: dict[str, float]  # by attack
-    worst: float  # correct under every attack tried and on the clean image, of the images that met all of them
+    worst: float  # correct under every attack tried and on the clean image
+    worst_samples: int  # of the images that met all of them: the first so many
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -142,7 +143,7 @@ def evaluate_in_parts(
     accuracy = {name: 100.0 * values.mean().item() for name, values in correct.items()}
     shared = min(map(len, correct.values()))
     worst = 100.0 * torch.stack([values[:shared] for values in correct.values()]).amin(0).mean().item()
-    return Evaluation(len(split), accuracy.pop("clean"), accuracy, worst)
+    return Evaluation(len(split), accuracy.pop("clean"), accuracy, worst, shared)
 
 
 def fingerprint(model: nn.Module, split: Split, threat: ThreatModel, seed: int, batch_size: int) -> str:
@@ -173,7 +174,11 @@ def _alarms(robust: dict[str, float]) -> list[str]:
     white_box = {name: value for name, value in robust.items() if name not in ("square", "autoattack")}
     if "square" in robust and white_box and robust["square"] < min(white_box.values()):
         found.append("Square, which needs no gradients, beats every attack that uses them")
-    weak, strong = (min((v for n, v in robust.items() if n.startswith(p)), default=None) for p in ("pgd-20", "pgd-50"))
+    plain = {name: attack for name in robust if isinstance(attack := parse_attack(name), PgdAttack)}
+    weak, strong = (
+        min((robust[n] for n, a in plain.items() if a == PgdAttack(steps, a.restarts, samples=a.samples)), default=None)
+        for steps in (20, 50)
+    )
     if weak is not None and strong is not None and weak - strong > 5.0:
         found.append(f"PGD-50 leaves {weak - strong:.1f} points less than PGD-20: short attacks do not converge")
     return found

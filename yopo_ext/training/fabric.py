@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,11 @@ def make_fabric(config: TrainConfig) -> Fabric:
 
     Raises:
         ModuleNotFoundError: the training extra is not installed.
+        ValueError: a launcher started another number of processes than `devices`.
     """
+    started = int(os.environ.get("WORLD_SIZE", config.devices))
+    if started != config.devices:
+        raise ValueError(f"devices must be the number of processes that were started, {started}; got {config.devices}")
     import_torchvision(required=False)  # Fabric may import it by way of torchmetrics
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from yopo_ext import attacks
 from yopo_ext.training.config import TrainConfig, threat_model
 from yopo_ext.training.data import Batch, Dataset, PerSample, mix_seed
 from yopo_ext.training.methods import Method, Outcome
-from yopo_ext.training.models import build_model
+from yopo_ext.training.models import build_model, check_images
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -35,6 +36,7 @@ class FabricLearner:
             raise ValueError(f"mean must have one value or one per channel ({channels}); got {list(config.mean)}")
         torch.manual_seed(mix_seed(config.seed))
         self.module, self.first_layer = build_model(config.model, dataset.shape[0], dataset.classes)
+        check_images(self.module, config.model, dataset.shape, dataset.classes)
         self.module.train()
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
@@ -74,7 +76,11 @@ class FabricLearner:
 
     def update(self) -> None:
         if self.config.clip is not None:
-            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.config.clip)
+            # fp16's scaler meets overflows as a matter of course, and skips their updates.
+            scaled = self.config.precision == "16-mixed"
+            self.fabric.clip_gradients(
+                self.module, self.optimizer, max_norm=self.config.clip, error_if_nonfinite=not scaled
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
@@ -102,6 +108,17 @@ class FabricLearner:
         if self.config.channels_last:
             batch = dataclasses.replace(batch, x=batch.x.contiguous(memory_format=self.memory_format))
         return self.method.train(self, batch)
+
+    def rehearse(self, batch: Batch) -> None:
+        """Take two steps that leave no trace: what torch.compile compiles, it compiles here.
+
+        Two, because the first pass of a YOPO step runs uncompiled once per process. Each process must call it.
+        """
+        self.collect()
+        before = copy.deepcopy(self.state_dict())
+        for _ in range(2):
+            self.step(batch, 0, lr=0.0)
+        self.load_state_dict(before)
 
     @property
     def result(self) -> nn.Module:
@@ -131,7 +148,7 @@ class FabricLearner:
             torch.distributed.all_reduce(kept.values)
 
     def _buffers(self) -> dict[str, Tensor]:
-        average = {} if self.average is None else dict(self.average.named_buffers(prefix="average"))
+        average = {} if self.average is None else dict(self.average.module.named_buffers(prefix="average"))
         return {**dict(self.module.named_buffers()), **average}
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from yopo_ext import validation
 from yopo_ext.training.adversaries import SUITES, parse_attacks, passes
 from yopo_ext.training.checkpoint import load_checkpoint, tested_weights, write_json
-from yopo_ext.training.config import EvaluateConfig, TrainConfig, threat_model
+from yopo_ext.training.config import EvaluateConfig, TrainConfig, device_for, threat_model
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
 from yopo_ext.training.estimate import duration, seconds_per_pass
@@ -35,7 +35,7 @@ class CheckpointTest:
         validation.integer("seed", config.seed, 0)
         if config.samples is not None:
             validation.integer("samples", config.samples, 1)
-        self.device = torch.device("cuda" if config.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+        self.device = device_for(config.accelerator)
         state = load_checkpoint(Path(config.checkpoint))
         self.trained = TrainConfig(**state["config"])
         self.threat = threat_model(self.trained)
@@ -89,7 +89,8 @@ class CheckpointTest:
         }
         if self.config.out is not None:
             write_json(Path(self.config.out), report)
-        accuracies = {"clean": found.clean, **found.robust, "worst case": found.worst}
+        few = f"@{found.worst_samples}" if found.worst_samples < found.samples else ""
+        accuracies = {"clean": found.clean, **found.robust, f"worst case{few}": found.worst}
         lines = [f"  {name:<12} {value:6.2f} %" for name, value in accuracies.items()]
         return "\n".join([self._what(), *lines, *(f"  ALARM: {text}" for text in report["alarms"])])
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from yopo_ext.training.adversaries import PgdAttack
 from yopo_ext.training.alarms import training_alarm
 from yopo_ext.training.augment import Augmentation
-from yopo_ext.training.checkpoint import load_checkpoint, save_checkpoint, write_json
-from yopo_ext.training.config import TrainConfig, differences, resolve
+from yopo_ext.training.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint, write_json
+from yopo_ext.training.clock import Clock
+from yopo_ext.training.config import TrainConfig, require_same, resolve
 from yopo_ext.training.data import Dataset, SplitSource
 from yopo_ext.training.datasets import dataset_of
 from yopo_ext.training.environment import environment
@@ -35,8 +36,11 @@ class TrainResult:
     method: Method
     network: nn.Module  # with the selected weights, in evaluation mode, on the run's device
     dataset: Dataset  # on the run's device
-    seconds: float  # of training alone: no validation, no checkpoints
+    seconds: float  # of training alone: no compilation, no validation, no checkpoints
+    compile_seconds: float  # spent compiling, by each process that had a part in the run
     updates: int
+    images: int  # trained on, by all processes
+    peak_memory: float | None  # MiB on the GPU, in training and validation; None on a CPU
     validation: dict[str, float]  # of the selected checkpoint
 
 
@@ -48,8 +52,10 @@ class Position:
     batch: int = 0  # of the epoch under way, per process
     batches: int = 0  # in all
     seconds: float = 0.0
+    compile_seconds: float = 0.0
+    peak_memory: float | None = None
     totals: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, correct, samples
-    best: dict[str, float] | None = None
+    selected: dict[str, float] | None = None  # validation of the weights that are the result so far
     highest: dict[str, float] = dataclasses.field(default_factory=dict)  # validation accuracies, by name
     curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (seconds, validation PGD accuracy)
 
@@ -104,6 +110,10 @@ class Trainer:
         With a `deadline` (of `time.monotonic()`) the run is saved and left, and None returned, when it passes.
         """
         log = self._open_folder()
+        if self.config.compile and self.progress() < 1.0:
+            self._compile()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         total = None if self.config.time_budget else (self.config.epochs or 0) * self.source.batches
         progress = Progress(f"{self.config.method} seed {self.config.seed}", total, self.at.batches, shown=self.shown)
         try:
@@ -135,6 +145,11 @@ class Trainer:
         """The learning rate of the batch to come."""
         assert self.config.lr is not None
         return self.config.lr * self.schedule(self.progress(ahead=0.5))
+
+    def _compile(self) -> None:
+        clock = Clock(self.device, self.at.compile_seconds)
+        self.learner.rehearse(next(self.source.epoch(0)))
+        self.at.compile_seconds = clock.pause()
 
     def _train_epoch(self, progress: Progress, deadline: float | None) -> bool:
         """The rest of the epoch; False if the deadline ended it."""
@@ -193,12 +208,10 @@ class Trainer:
             for name in ("validation_clean", "validation_pgd"):
                 self.at.highest[name] = max(record[name], self.at.highest.get(name, 0.0))
             self.at.curve.append((record["seconds"], record["validation_pgd"]))
-            if self._is_best(record):
+            if self._is_selected(record):
                 found = {name: value for name, value in record.items() if name.startswith("validation_")}
-                self.at.best = {**found, "epoch": record["epoch"]}
+                self.at.selected = {**found, "epoch": record["epoch"]}
                 self.selected = {k: v.detach().clone() for k, v in self.learner.result.state_dict().items()}
-                self._save_model()
-            elif self.config.select == "last":
                 self._save_model()
         return record
 
@@ -208,15 +221,17 @@ class Trainer:
         found = evaluate(model, self.dataset.validation, threat, [attack], seed=self.config.seed)
         return {"validation_clean": found.clean, "validation_pgd": found.robust[attack.name]}
 
-    def _is_best(self, record: dict[str, Any]) -> bool:
+    def _is_selected(self, record: dict[str, Any]) -> bool:
+        """Whether these weights replace the ones that were the result so far."""
+        if self.config.select == "last" or self.at.selected is None:
+            return True
         key = {"robust": "validation_pgd", "clean": "validation_clean"}[self.method.selects_by]
-        return self.at.best is None or record[key] >= self.at.best[key]
+        return record[key] >= self.at.selected[key]
 
     def _finish(self) -> TrainResult:
         network = self.learner.result
-        if self.config.select == "best":
-            assert self.selected is not None
-            network.load_state_dict(self.selected)
+        assert self.selected is not None
+        network.load_state_dict(self.selected)
         network.eval()
         result = TrainResult(
             self.config,
@@ -224,12 +239,18 @@ class Trainer:
             network,
             self.dataset,
             self.at.seconds,
+            self.at.compile_seconds,
             self.learner.updates,
-            dict(self.at.best or {}),
+            self.at.batches * self.source.batch_size * self.fabric.world_size,
+            self.at.peak_memory,
+            dict(self.at.selected or {}),
         )
         if self.folder is not None and self.leads:
-            summary = {"method": self.config.method, "seconds": self.at.seconds, "updates": self.learner.updates}
-            write_json(self.folder / "result.json", {**summary, "selected": self.at.best})
+            summary = {name: getattr(result, name) for name in ("seconds", "compile_seconds", "updates")}
+            write_json(
+                self.folder / "result.json",
+                {"method": self.config.method, **summary, "selected": self.at.selected},
+            )
         return result
 
     def _find_run(self) -> dict[str, Any] | None:
@@ -239,14 +260,13 @@ class Trainer:
         if self.config.resume == "never":
             raise ValueError(f"out must be a folder without a run unless resume is 'auto'; {self.folder} holds one")
         state = load_checkpoint(self.folder / "last.pt")
-        changed = differences(state["config"], self.config)
-        if changed:
-            raise ValueError(f"out must hold a run with the same configuration; in {self.folder} {changed}")
+        require_same(state["config"], self.config)
         return state
 
     def _open_folder(self) -> EpochLog | None:
         if self.folder is None or not self.leads:
             return None
+        remove_leftovers(self.folder)
         log = EpochLog(
             self.folder, tensorboard=self.config.tensorboard, epoch=self.at.epoch, updates=self.learner.updates
         )
@@ -257,6 +277,9 @@ class Trainer:
     def _save(self) -> None:
         """Everything that `resume` needs."""
         self.learner.collect()
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
+            self.at.peak_memory = max(peak, self.at.peak_memory or 0.0)
         if self.folder is None or not self.leads:
             return
         state = {**self._description(), **self.learner.state_dict(), "selected": self.selected}
@@ -266,7 +289,7 @@ class Trainer:
         """The weights that are the result so far."""
         if self.folder is None or not self.leads:
             return
-        state = {**self._description(), "model": self.learner.result.state_dict(), "validation": self.at.best}
+        state = {**self._description(), "model": self.learner.result.state_dict(), "validation": self.at.selected}
         save_checkpoint(self.folder / "model.pt", state)
 
     def _description(self) -> dict[str, Any]:
@@ -276,23 +299,3 @@ class Trainer:
             "classes": self.dataset.classes,
             "threads": torch.get_num_threads(),
         }
-
-
-class Clock:
-    """Seconds of training, across pauses; waits for the device when it is paused, not when it is read."""
-
-    def __init__(self, device: torch.device, before: float) -> None:
-        self.device, self.before = device, before
-        self._wait()
-        self.started = time.perf_counter()
-
-    def read(self) -> float:
-        return self.before + time.perf_counter() - self.started
-
-    def pause(self) -> float:
-        self._wait()
-        return self.read()
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

@@ -77,6 +77,9 @@ def parse(text: str, **options: Any) -> Method:
     for setting in settings:
         key, separator, value = setting.partition("=")
         found[key.strip().replace("-", "_")] = value.strip() if separator else True
+    if name in METHODS:
+        hints = typing.get_type_hints(METHODS[name])
+        found = {key: _convert(key, value, hints[key]) if key in hints else value for key, value in found.items()}
     for key, value in options.items():
         if key in found and found[key] != value:
             raise ValueError(f"{key} is {value!r} but method={text!r} says {found[key]!r}")

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from yopo_ext.modes import evaluating
 from yopo_ext.training.models.preactresnet import PreActResNet, preactresnet18
 from yopo_ext.training.models.small import SmallCNN, digits_cnn
 from yopo_ext.training.models.wideresnet import WideResNet
@@ -20,6 +22,7 @@ __all__ = [
     "SmallCNN",
     "WideResNet",
     "build_model",
+    "check_images",
     "check_model_name",
     "robustbench_model",
 ]
@@ -74,6 +77,18 @@ def build_model(name: str, channels: int, classes: int) -> tuple[nn.Module, str 
     entry = _builder(name)
     assert entry is not None
     return entry.build(channels, classes), entry.first_layer
+
+
+@torch.no_grad()
+def check_images(model: nn.Module, name: str, shape: tuple[int, int, int], classes: int) -> None:
+    """Raise ValueError unless the model, called `name`, makes `classes` logits of an image [C, H, W] of this shape."""
+    try:
+        with evaluating(model):
+            found = list(model(torch.zeros(1, *shape)).shape)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"model must take images of shape {list(shape)}; {name!r} says: {error}") from error
+    if found != [1, classes]:
+        raise ValueError(f"model must make {classes} logits of an image; {name!r} makes shape {found[1:]}")
 
 
 def _builder(name: str) -> ModelEntry | None:
