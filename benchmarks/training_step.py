@@ -53,7 +53,7 @@ def check_same(
 
 def run(case: Case, seconds: float) -> dict[str, Any]:
     torch.manual_seed(0)
-    model, first_name = build_model(case.model, case.shape[0], 10)
+    model, first_name = build_model(case.model, case.shape, 10)
     model.train()
     first = model.get_submodule(first_name) if first_name else None
     assert first is not None

@@ -51,6 +51,7 @@ def _arguments(
     if channels % groups:
         raise ValueError(f"groups must divide x's channels ({channels}); got {groups}")
     weight = validation.tensor("weight", weight, (None, channels // groups, None, None), like=x)
+    validation.floating("weight", weight, (*validation.COSTATE_DTYPES, torch.float64))
     kernels, _, rows, cols = weight.shape
     if kernels % groups:
         raise ValueError(f"groups must divide weight's output channels ({kernels}); got {groups}")

@@ -66,7 +66,7 @@ class Interposition:
         self.plan = plan
         self.original = original or layer.forward
         self.inner = Normalisation()  # found between the model's input and the layer
-        self.classes: int | None = None  # of the model, once known
+        self.logits: tuple[int, int] | None = None  # (classes, dimensions) of the model's output, once known
         self.verified: set[Any] = set()  # the circumstances under which a first pass went well
         self.now: Any = None
         self.mean: list[float] = []
@@ -201,7 +201,7 @@ class Discovery:
         self.plans = plans
         self.originals = {layer: layer.forward for layer in plans}
         self.found: Interposition | None = None
-        self.classes: int | None = None
+        self.logits: tuple[int, int] | None = None
         self.passed_over: list[str] = []
         self.now: Any = None
 

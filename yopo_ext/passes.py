@@ -111,13 +111,13 @@ class Passes:
         return isinstance(self.interposition, Discovery) or not self.interposition.verified
 
     @property
-    def classes(self) -> int | None:
-        """How many classes the model has, once a pass has shown it."""
-        return self.interposition.classes
+    def logits(self) -> tuple[int, int] | None:
+        """How many classes and dimensions the model's output has, once a pass has shown it."""
+        return self.interposition.logits
 
-    @classes.setter
-    def classes(self, value: int) -> None:
-        self.interposition.classes = value
+    @logits.setter
+    def logits(self, value: tuple[int, int]) -> None:
+        self.interposition.logits = value
 
     @property
     def _key(self) -> Any:
@@ -145,7 +145,7 @@ class Passes:
             raise ValueError(self._never_ran(at))
         if at.calls > 1:
             raise ValueError(self._ran_often(found))
-        found.classes = at.classes
+        found.logits = at.logits
         self.interposition = found
         if found.layer is not self.model:  # (the entry would keep its own key alive)
             _known[self.model][self._key] = found

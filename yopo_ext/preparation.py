@@ -54,7 +54,7 @@ class Preparation:
         self.look_at_values = validation.values_wanted(validate, x, self.passes.is_new)
         if self.look_at_values:
             validation.image_values(x, lo, hi)
-            self._check_labels(self.passes.classes)
+        self._check_labels(self.passes.logits)
         self.guard = NonFiniteGuard(model, on_nonfinite)
 
     def start(self, init: str | Tensor, project: bool) -> Tensor:
@@ -98,11 +98,14 @@ class Preparation:
 
     def learn_classes(self, output: Any) -> None:
         """The model's first output shows how many classes there are: check the labels against them."""
-        if self.classifies and isinstance(output, Tensor) and output.dim() >= 2 and self.passes.classes is None:
-            if self.look_at_values:
-                self._check_labels(output.shape[1])
-            self.passes.classes = output.shape[1]
+        if self.classifies and isinstance(output, Tensor) and output.dim() >= 2 and self.passes.logits is None:
+            logits = (output.shape[1], output.dim())
+            self._check_labels(logits)
+            self.passes.logits = logits
 
-    def _check_labels(self, classes: int | None) -> None:
-        if self.classifies and classes is not None:
-            validation.label_values(self.y, classes, getattr(self.loss_fn, "ignore_index", -100))
+    def _check_labels(self, logits: tuple[int, int] | None) -> None:
+        if not self.classifies or logits is None:
+            return
+        validation.label_shape(self.y, *logits)
+        if self.look_at_values:
+            validation.label_values(self.y, logits[0], getattr(self.loss_fn, "ignore_index", -100))

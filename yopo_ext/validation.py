@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -53,7 +53,7 @@ def constants(name: str, value: Constants, channels: int, *, allow_infinite: boo
                 f"{tuple(value.shape)}"
             )
         value = value.tolist()
-    values = [value] if isinstance(value, Real) else list(value)  # type: ignore[arg-type]
+    values = list(value) if isinstance(value, Iterable) else [value]
     if any(isinstance(v, bool) or not isinstance(v, Real) for v in values):
         raise TypeError(f"{name} must be a number or a sequence of numbers; got {value!r}")
     if len(values) not in (1, channels):
@@ -176,6 +176,18 @@ def class_labels(y: object, x: Tensor) -> None:
         )
     elif y.dim() < 1 or len(y) != len(x):
         raise ValueError(f"y must have shape [{len(x)}], one label per image of x; got {list(y.shape)}")
+
+
+def label_shape(y: Tensor, classes: int, dimensions: int) -> None:
+    """y fits logits of so many classes [B, classes, ...] and dimensions."""
+    rest = ["..."] if dimensions > 2 else []
+    if y.dtype == torch.int64 and y.dim() != dimensions - 1:
+        wanted = ", ".join([str(len(y)), *rest])
+    elif y.dtype != torch.int64 and (y.dim() != dimensions or y.shape[1] != classes):
+        wanted = ", ".join([str(len(y)), str(classes), *rest])
+    else:
+        return
+    raise ValueError(f"y must have shape [{wanted}] for this model's {classes} classes; got {list(y.shape)}")
 
 
 def label_values(y: Tensor, classes: int, ignore_index: int) -> None:

@@ -105,6 +105,18 @@ def test_yaml_and_command_line_combine(tmp_path, capsys):
         (["compare", "--methods", "natural,sgd"], "method must be one of"),
         (["compare", "--test-attacks", "fgsm"], "attack must look like pgd-20"),
         (["compare", "--devices", "2"], "devices must be 1 to compare; got 2"),
+        (["compare", "--test-samples", "0"], "test_samples must be an integer >= 1; got 0"),
+        (["compare", "--methods", "yopo,yopo-5-3"], "'yopo' and 'yopo-5-3' are the same"),
+        (["train", "--method", "pgd", "--step-size", "-1"], "step_size must be > 0; got -1"),
+        (["train", "--method", "n-fgsm", "--step-size", "0"], "step_size must be > 0; got 0"),
+        (["train", "--image-size", "64"], "image_size and workers are for dataset 'imagefolder'; dataset is 'digits'"),
+        (["train", "--schedule", "piecewise"], "milestones must be given for schedule 'piecewise'"),
+        (
+            ["train", "--precision", "16-mixed", "--accelerator", "cpu"],
+            "precision must be '32-true' or 'bf16-mixed' on a",
+        ),
+        (["train", "--out", ""], "out must name a folder; got ''"),
+        (["train", "--model", "timm/no-such-net"], "(timm is not installed, or has no such model)"),
         (["compare", "--methods", "natural,pgd-1:batch-size=9999", "--out", "."], "batch_size must be between 1 and"),
         (["compare", "--dataset", "mnist", "--dry-run"], "data_dir must hold mnist, or give download; got 'data'"),
         (["train", "--dataset", "cifar10"], "data_dir must hold cifar10, or give download; got 'data'"),
@@ -127,6 +139,7 @@ def test_bad_requests_end_with_one_line(tmp_path, monkeypatch, capsys, arguments
         (["train", "--epochs", "many"], "many"),
         (["train", "--accelerator", "abacus"], "abacus"),
         (["train", "--epoch-count", "3"], "unrecognized arguments"),
+        (["compare", "--method", "pgd-10"], "unrecognized arguments"),  # no abbreviation of --methods
         (["compare", "--seeds", "a,b"], 'Parser key "seeds"'),
         ([], "subcommand"),
     ],
@@ -158,6 +171,33 @@ def test_export_writes_the_tested_weights(tmp_path, capsys):
     assert list(averaged) == list(raw)
     assert all(torch.equal(averaged[name], again[name]) for name in averaged)
     assert not torch.equal(averaged["first.0.weight"], raw["first.0.weight"])
+
+
+def test_no_command_replaces_what_a_run_left(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--method", "natural", "--out", str(out), *TOY]) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    attack = ["evaluate", str(out / "model.pt"), "--attacks", "pgd-1", "--samples", "10"]
+    for arguments, message in (
+        ([*attack, "--out", str(out / "model.pt")], "out must name a .json file for the report"),
+        ([*attack, "--out", str(out / "run.json")], "out must not name a file of the run"),
+        ([*attack, "--out", str(out)], "out must name a file for the report, such as"),
+        (["export", str(out / "last.pt"), str(out / "last.pt")], "file must name a new file"),
+        (["export", str(out / "last.pt"), str(out)], "file must name a new file"),
+        (["train", "--out", str(out / "model.pt")], "out must name a folder"),
+        (["compare", "--out", str(out), "--resume", "auto"], "out must not be the folder of a single run"),
+        (["evaluate", str(out)], "checkpoint must be a file such as"),
+    ):
+        assert main(arguments) == 2, arguments
+        assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "last.pt").unlink()
+    assert main(["train", "--method", "natural", "--out", str(out), *TOY]) == 2
+    assert "holds run.json, model.pt, metrics.jsonl, result.json" in capsys.readouterr().err
+    comparison = tmp_path / "comparison"
+    assert main(["compare", "--methods", "natural", "--seeds", "0", "--out", str(comparison), *TOY]) == 0
+    assert main(["train", "--out", str(comparison), "--resume", "auto", *TOY]) == 2
+    assert "out must not be the folder of a comparison" in capsys.readouterr().err
 
 
 def test_compare_stops_on_time_and_goes_on(tmp_path, capsys):

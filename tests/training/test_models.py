@@ -19,7 +19,7 @@ DEFINITIONS = {
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_state_dict_keys_and_sizes(name):
     with torch.device("meta"):
-        model, _ = build_model(name, 1 if name == "smallcnn" else 3, 10)
+        model, _ = build_model(name, (1, 28, 28) if name == "smallcnn" else (3, 32, 32), 10)
     first, last, count, parameters = DEFINITIONS[name]
     keys = list(model.state_dict())
     assert (keys[0], keys[-1]) == (first, last)
@@ -29,7 +29,7 @@ def test_state_dict_keys_and_sizes(name):
 
 def test_keys_in_full():
     with torch.device("meta"):
-        resnet, wide = build_model("preactresnet18", 3, 10)[0], WideResNet(10, 2)
+        resnet, wide = build_model("preactresnet18", (3, 32, 32), 10)[0], WideResNet(10, 2)
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     block = [f"bn1.{n}" for n in norm] + ["conv1.weight"] + [f"bn2.{n}" for n in norm] + ["conv2.weight"]
     expected = ["conv1.weight"]
@@ -47,7 +47,7 @@ def test_keys_in_full():
 def test_the_function_that_export_names():
     """RobustBench has two functions with these keys: in this one a shortcut starts after the block's first activation."""
     torch.manual_seed(0)
-    model = build_model("preactresnet18", 3, 10)[0].double().eval()
+    model = build_model("preactresnet18", (3, 32, 32), 10)[0].double().eval()
     for buffer in (b for name, b in model.named_buffers() if "running" in name):
         buffer.uniform_(0.5, 1.5)
     state = model.state_dict()
@@ -76,7 +76,7 @@ def test_the_function_that_export_names():
 
 
 def test_smallcnn_round_trip_and_prefix():
-    first, second = (nn.ModuleDict({"net": build_model("smallcnn", 1, 10)[0]}) for _ in range(2))
+    first, second = (nn.ModuleDict({"net": build_model("smallcnn", (1, 28, 28), 10)[0]}) for _ in range(2))
     assert "net.feature_extractor.conv1.weight" in first.state_dict()
     second.load_state_dict(first.state_dict())
     x = torch.rand(2, 1, 28, 28)
@@ -93,13 +93,14 @@ def test_smallcnn_round_trip_and_prefix():
         ("wrn-10-1", 3, 32),
         ("timm/resnet18", 1, 32),
         ("torchvision/resnet18", 3, 32),
+        ("timm/test_vit", 3, 32),
     ],
 )
 def test_every_model_trains_with_yopo(name, channels, size):
     if "/" in name and find_spec(name.split("/")[0]) is None:  # not imported: build_model knows how
         pytest.skip(f"{name.split('/')[0]} is not installed")
     torch.manual_seed(0)
-    model, first_layer = build_model(name, channels, 7)
+    model, first_layer = build_model(name, (channels, size, size), 7)
     x, y = torch.rand(2, channels, size, size), torch.tensor([3, 6])
     result = yopo_ext.yopo_step(model, x, y, first_layer=first_layer, outer_steps=2, inner_steps=2)
     assert result.logits.shape == (2, 7)
@@ -109,7 +110,7 @@ def test_every_model_trains_with_yopo(name, channels, size):
 @pytest.mark.parametrize("name", ["resnet", "wrn-34", "wrn-34-x", "timm/no-such-net", "torchvision/no-such-net", "x/y"])
 def test_unknown_models(name):
     with pytest.raises(ValueError, match="model must be one of digits-cnn"):
-        build_model(name, 3, 10)
+        build_model(name, (3, 32, 32), 10)
 
 
 @pytest.mark.parametrize("depth", [4, 8, 33])

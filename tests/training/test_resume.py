@@ -15,6 +15,7 @@ import torch
 from yopo_ext.training.checkpoint import load_checkpoint
 from yopo_ext.training.config import TrainConfig
 from yopo_ext.training.datasets import load_dataset
+from yopo_ext.training.deadline import Deadline
 from yopo_ext.training.trainer import Trainer
 
 CONFIG = {"epochs": 4, "batch_size": 40, "validation_steps": 2, "augment": True, "ema": 0.9, "save_every": 1e-9}
@@ -87,7 +88,7 @@ def test_a_time_limit_stops_and_resume_goes_on(few_digits, tmp_path):
     whole = run(few_digits, tmp_path, "whole", method="pgd-2")
     config = TrainConfig(**CONFIG, method="pgd-2", out=str(tmp_path / "parts"), resume="auto")
     stops = 0
-    while (result := Trainer(config, dataset=few_digits, shown=False).fit(deadline=time.monotonic())) is None:
+    while (result := Trainer(config, dataset=few_digits, shown=False).fit(Deadline(0.0))) is None:
         stops += 1  # one batch at a time
     assert stops > 8
     assert_same(result.network.state_dict(), whole.network.state_dict())
@@ -109,7 +110,7 @@ def test_resume_auto_starts_where_there_is_nothing(few_digits, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resume": "never"}, "out must be a folder without a run unless resume is 'auto'"),
+        ({"resume": "never"}, "out must be a folder without a run or comparison unless resume is 'auto'"),
         ({"resume": "auto", "lr": 0.01}, "same configuration; in .* lr was 0.1, not 0.01"),
         ({"resume": "auto", "method": "pgd-3"}, "method was 'pgd-2', not 'pgd-3'"),
     ],
@@ -197,11 +198,33 @@ def test_a_compiled_run_keeps_its_bits(few_digits, tmp_path, method):
     whole = run(few_digits, tmp_path, "whole", **settings)
     torch.compiler.reset()  # as in a new process
     config = TrainConfig(**{**CONFIG, **settings, "out": str(tmp_path / "parts"), "resume": "auto"})
-    assert Trainer(config, dataset=few_digits, shown=False).fit(deadline=time.monotonic()) is None
+    assert Trainer(config, dataset=few_digits, shown=False).fit(Deadline(0.0)) is None
     torch.compiler.reset()
     parts = run(few_digits, tmp_path, "parts", **settings, resume="auto")
     assert_same(parts.network.state_dict(), whole.network.state_dict())
     assert parts.compile_seconds > 0.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_process_saves_what_it_has(tmp_path, number):
+    """Ctrl-C, and a scheduler's warning: the run stops after the batch under way, and goes on from there."""
+    out = str(tmp_path / "run")
+    command = [
+        sys.executable, "-m", "yopo_ext", "train", "--method", "natural", "--epochs", "9999", "--validate-every", "9999",
+        "--save-every", "9999", "--resume", "auto", "--out", out,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "--resume auto goes on from here" in said
+    saved = load_checkpoint(tmp_path / "run" / "last.pt")["position"]
+    assert saved["epoch"] >= 2
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ def test_shapes():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_warmup_rises_from_zero_and_ends(name):
-    plain, warmed = make_schedule(name), make_schedule(name, warmup=0.2)
+    milestones = (0.5, 0.8) if name == "piecewise" else ()
+    plain, warmed = make_schedule(name, milestones), make_schedule(name, milestones, warmup=0.2)
     assert warmed(0) == 0
     assert warmed(0.1) == pytest.approx(0.5 * plain(0.1))
     assert warmed(0.6) == plain(0.6)

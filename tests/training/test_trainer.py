@@ -9,7 +9,6 @@ from yopo_ext.training.config import TrainConfig, resolve
 from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.trainer import Trainer
 
-
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 

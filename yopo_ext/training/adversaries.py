@@ -64,7 +64,7 @@ class PgdAttack(Attack):
     def kind(self) -> str:
         name = {"ce": "pgd", "margin": "cw"}[self.loss]
         restarts = f"-{self.restarts}" if self.restarts > 1 else ""
-        return f"{name}-{self.steps}{restarts}" + (f":{self.step_size:.4g}" if self.step_size is not None else "")
+        return f"{name}-{self.steps}{restarts}" + (f":{self.step_size:.10g}" if self.step_size is not None else "")
 
     @property
     def passes(self) -> int:
@@ -191,6 +191,8 @@ def parse_attack(text: str) -> Attack:
         attack = named[name]
     else:
         size = None if step_size is None else parse_number(step_size[1:], f"step size in attack {text!r}")
+        if size is not None and not size > 0.0:
+            raise ValueError(f"step size in attack {text!r} must be > 0")
         attack = PgdAttack(int(steps), int((restarts or "-1")[1:]), "ce" if kind == "pgd" else "margin", size)
     return attack if images is None else dataclasses.replace(attack, samples=int(images[1:]))
 
@@ -203,6 +205,8 @@ def parse_attacks(texts: Sequence[str]) -> list[Attack]:
         ModuleNotFoundError: for one whose package is not installed.
     """
     found = [parse_attack(text) for text in texts]
+    if not found or len({attack.name for attack in found}) < len(found):
+        raise ValueError(f"attacks must be a list without repetitions, at least one long; got {list(texts)}")
     for attack in found:
         if isinstance(attack, AutoAttack):
             attack.require()

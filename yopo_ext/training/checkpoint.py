@@ -51,6 +51,19 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+# What a run or a comparison leaves in its folder.
+WRITTEN = ("run.json", "last.pt", "model.pt", "metrics.jsonl", "result.json", "comparison.json")
+
+
+def require_empty(folder: Path) -> None:
+    """Raise ValueError if the folder holds a run or a comparison, or what is left of one."""
+    found = [name for name in WRITTEN if (folder / name).exists()]
+    if found:
+        raise ValueError(
+            f"out must be a folder without a run or comparison unless resume is 'auto'; {folder} holds {', '.join(found)}"
+        )
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files that killed writers left in a folder nobody else writes to."""
     for path in folder.glob(".*.tmp"):
@@ -69,12 +82,16 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         FileNotFoundError: there is none.
         ValueError: the file is not a checkpoint of this package.
     """
+    if path.is_dir():
+        raise ValueError(f"checkpoint must be a file such as {path / 'model.pt'}; got a folder")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+        raise ValueError(
+            f"{path} is not a readable checkpoint: cut short, or holding more than weights and values"
+        ) from error
     if not isinstance(state, dict) or "config" not in state or "model" not in state:
         raise ValueError(f"{path} is not a checkpoint of this package: it has no 'config' and 'model'")
     return state

@@ -4,61 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
-import types
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from jsonargparse import ActionYesNo, ArgumentParser, Namespace
-from jsonargparse.typing import register_type
+from jsonargparse import ArgumentParser, Namespace
 
 from yopo_ext.training import methods
 from yopo_ext.training.config import CompareConfig, EvaluateConfig, TrainConfig, resolve
-from yopo_ext.training.numbers import parse_number
+from yopo_ext.training.deadline import Deadline
+from yopo_ext.training.options import add_option, add_options, build, hint_of, plain
 
 Job = Callable[[], int]
 
 UNFINISHED = 75  # exit status: stopped on request, to be run again with --resume auto
-
-
-class Number(float):
-    """A number or a fraction."""
-
-
-class Texts(tuple[str, ...]):
-    """Texts, comma separated."""
-
-
-class Numbers(tuple[float, ...]):
-    """Numbers or fractions, comma separated."""
-
-
-class Integers(tuple[int, ...]):
-    """Integers, comma separated."""
-
-
-def _separated(value: Any) -> list[Any]:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    if isinstance(value, int | float):
-        return [value]
-    if not isinstance(value, Sequence):
-        raise ValueError(f"must be a list or comma separated; got {value!r}")
-    return list(value)
-
-
-# (type in a configuration, type on the command line, text -> value)
-OPTION_TYPES: tuple[tuple[Any, type[Any], Callable[[Any], Any]], ...] = (
-    (float, Number, lambda value: Number(parse_number(value))),
-    (tuple[str, ...], Texts, lambda value: Texts(map(str, _separated(value)))),
-    (tuple[float, ...], Numbers, lambda value: Numbers(map(parse_number, _separated(value)))),
-    (tuple[int, ...], Integers, lambda value: Integers(map(int, _separated(value)))),
-)
-for _, _kind, _read in OPTION_TYPES:
-    register_type(_kind, serializer=float if _kind is Number else list, deserializer=_read)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,27 +28,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare = {"train": _train, "evaluate": _evaluate, "compare": _compare, "export": _export}[command]
     try:
         job = prepare(given[command])
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(f"yopo-ext {command}: error: {error}", file=sys.stderr)
         return 2
-    return job()
+    try:
+        return job()
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"yopo-ext {command}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"yopo-ext {command}: interrupted", file=sys.stderr)
+        return 130
 
 
 def make_parser() -> ArgumentParser:
     """All commands with all their options; every option can also be set in a YAML file given as --config."""
-    parser = ArgumentParser(prog="yopo-ext", description="Fast adversarial training of image classifiers.")
+    parser = ArgumentParser(
+        prog="yopo-ext", description="Fast adversarial training of image classifiers.", allow_abbrev=False
+    )
     commands = parser.add_subcommands(required=True)
 
     train = _command("Train one model with one method.")
-    _add_options(train, TrainConfig)
+    add_options(train, TrainConfig)
     for name, field in methods.option_fields().items():
         users = ", ".join(m for m, cls in methods.METHODS.items() if name in {f.name for f in dataclasses.fields(cls)})
-        _add_option(train, field, _hint(field), default=None, note=f" [{users}]")
+        add_option(train, field, hint_of(field), default=None, note=f" [{users}]")
     commands.add_subcommand("train", train, help="train one model")
 
     evaluate = _command("Attack a trained model.")
     evaluate.add_argument("checkpoint", type=str, help="model.pt or last.pt of a run")
-    _add_options(evaluate, EvaluateConfig, skip=("checkpoint",))
+    add_options(evaluate, EvaluateConfig, skip=("checkpoint",))
     commands.add_subcommand("evaluate", evaluate, help="attack a trained model")
 
     export = _command("Write a trained model's weights as a plain state_dict, with the keys RobustBench uses.")
@@ -98,14 +66,14 @@ def make_parser() -> ArgumentParser:
     commands.add_subcommand("export", export, help="write a state_dict")
 
     compare = _command("Train several methods alike and test them alike.")
-    _add_options(compare, CompareConfig, skip=("train",))
-    _add_options(compare, TrainConfig, skip=("method", "seed"))
+    add_options(compare, CompareConfig, skip=("train",))
+    add_options(compare, TrainConfig, skip=("method", "seed"))
     commands.add_subcommand("compare", compare, help="compare training methods")
     return parser
 
 
 def _command(description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description, usage="%(prog)s [options]; --help lists them")
+    parser = ArgumentParser(description=description, usage="%(prog)s [options]; --help lists them", allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with options of this command")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be run, how long and with how much memory"
@@ -113,60 +81,12 @@ def _command(description: str) -> ArgumentParser:
     return parser
 
 
-def _add_options(parser: ArgumentParser, config: type[Any], skip: Sequence[str] = ()) -> None:
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        if field.name not in skip:
-            _add_option(parser, field, hints[field.name], field.default)
-
-
-def _add_option(parser: ArgumentParser, field: dataclasses.Field[Any], hint: Any, default: Any, note: str = "") -> None:
-    flag, help_text = "--" + field.name.replace("_", "-"), field.metadata["help"] + note
-    if hint is bool or hint == bool | None:
-        parser.add_argument(flag, action=ActionYesNo(no_prefix="no-"), default=default, help=help_text)
-        return
-    optional = default is None or _is_optional(hint)
-    wanted = _without_none(hint)
-    for plain, kind, read in OPTION_TYPES:
-        if wanted == plain:
-            wanted, default = kind, default if default is None else read(default)
-    parser.add_argument(flag, type=wanted | None if optional else wanted, default=default, help=help_text)
-
-
-def _hint(field: dataclasses.Field[Any]) -> Any:
-    owner = next(cls for cls in methods.METHODS.values() if field in dataclasses.fields(cls))
-    return typing.get_type_hints(owner)[field.name]
-
-
-def _is_optional(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType) and type(None) in typing.get_args(hint)
-
-
-def _without_none(hint: Any) -> Any:
-    if not _is_optional(hint):
-        return hint
-    (kind,) = (h for h in typing.get_args(hint) if h is not type(None))
-    return kind
-
-
-def _build(config: type[Any], given: Namespace, skip: Sequence[str] = ()) -> Any:
-    """A configuration from parsed options, its values of the plain types."""
-    names = [field.name for field in dataclasses.fields(config) if field.name not in skip]
-    return config(**{name: _plain(given[name]) for name in names})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Number):
-        return float(value)
-    return tuple(value) if isinstance(value, Texts | Numbers | Integers) else value
-
-
 def _train(given: Namespace) -> Job:
     from yopo_ext.training.trainer import Trainer
 
     names = methods.option_fields()
-    options = {name: _plain(given[name]) for name in names if given[name] is not None}
-    config, method = resolve(_build(TrainConfig, given), options)
+    options = {name: plain(given[name]) for name in names if given[name] is not None}
+    config, method = resolve(build(TrainConfig, given), options)
     if given.dry_run:
         return _plan([(config.method, config)])
     if config.out is None:
@@ -174,7 +94,9 @@ def _train(given: Namespace) -> Job:
     trainer = Trainer(config)
 
     def job() -> int:
-        result = trainer.fit(None if config.stop_after is None else time.monotonic() + config.stop_after)
+        deadline = Deadline(config.stop_after)
+        with deadline.heeding_signals():
+            result = trainer.fit(deadline)
         if result is None:
             return UNFINISHED
         if not trainer.leads:
@@ -182,8 +104,11 @@ def _train(given: Namespace) -> Job:
         print(
             f"{method.spec}: {result.seconds:.1f} s of training, {result.updates} updates, cost {method.cost()} units"
         )
-        for name, value in result.validation.items():
-            print(f"  {name}: {value:.4g}")
+        found = dict(result.validation)
+        accuracies = ", ".join(
+            f"{name.removeprefix('validation_')} {found[name]:.2f} %" for name in found if name != "epoch"
+        )
+        print(f"  the {config.select} weights, of epoch {found['epoch']:.0f}: {accuracies} on the validation split")
         print(f"  written to {config.out}")
         return 0
 
@@ -193,23 +118,35 @@ def _train(given: Namespace) -> Job:
 def _evaluate(given: Namespace) -> Job:
     from yopo_ext.training.suites import CheckpointTest
 
-    config = _build(EvaluateConfig, given, skip=("checkpoint",))
+    config = build(EvaluateConfig, given, skip=("checkpoint",))
     config.checkpoint = given.checkpoint
     test = CheckpointTest(config)
 
     def job() -> int:
-        print(test.describe() if given.dry_run else test.run())
+        if given.dry_run:
+            print(test.describe())
+            return 0
+        deadline = Deadline()
+        with deadline.heeding_signals():
+            report = test.run(deadline)
+        if report is None:
+            print("stopped; the same command goes on from here" if config.out else "stopped", file=sys.stderr)
+            return UNFINISHED
+        print(report)
         return 0
 
     return job
 
 
 def _export(given: Namespace) -> Job:
-    from yopo_ext.training.checkpoint import load_checkpoint, tested_weights, write_atomically
+    from yopo_ext.training.checkpoint import WRITTEN, load_checkpoint, tested_weights, write_atomically
     from yopo_ext.training.models import robustbench_model
 
     state = load_checkpoint(Path(given.checkpoint))
     weights, target = tested_weights(state), Path(given.file)
+    taken = target.exists() and (target.name in WRITTEN or target.samefile(given.checkpoint))
+    if target.is_dir() or taken:
+        raise ValueError(f"file must name a new file, not a folder or a file of the run; got {given.file!r}")
 
     def job() -> int:
         if not given.dry_run:
@@ -229,16 +166,18 @@ def _compare(given: Namespace) -> Job:
     from yopo_ext.training.comparison import Comparison, plan
     from yopo_ext.training.report import table
 
-    train = TrainConfig(**dataclasses.asdict(_build(TrainConfig, given, skip=("method", "seed"))))
-    config = dataclasses.replace(_build(CompareConfig, given, skip=("train",)), train=train)
+    train = TrainConfig(**dataclasses.asdict(build(TrainConfig, given, skip=("method", "seed"))))
+    config = dataclasses.replace(build(CompareConfig, given, skip=("train",)), train=train)
     if given.dry_run:
-        return _plan(plan(config), config.test_attacks)
+        return _plan(plan(config), config.test_attacks, config.test_samples)
     if train.out is None:
         train.out = str(default_folder("compare", train))
     comparison = Comparison(config)
 
     def job() -> int:
-        rows = comparison.run()
+        deadline = Deadline(train.stop_after)
+        with deadline.heeding_signals():
+            rows = comparison.run(deadline)
         if rows is None:
             return UNFINISHED
         print(table(rows))
@@ -256,19 +195,21 @@ def default_folder(command: str, config: TrainConfig) -> Path:
     return folder
 
 
-def _plan(runs: Sequence[tuple[str, TrainConfig]], test_attacks: Sequence[str] = ()) -> Job:
+def _plan(
+    runs: Sequence[tuple[str, TrainConfig]], test_attacks: Sequence[str] = (), test_samples: int | None = None
+) -> Job:
     from yopo_ext.training.adversaries import parse_attacks
     from yopo_ext.training.datasets import dataset_of
     from yopo_ext.training.estimate import Estimate, duration, estimate
 
     dataset = dataset_of(runs[0][1])
-    attacks = parse_attacks(test_attacks)
+    attacks = parse_attacks(test_attacks) if test_attacks else []
 
     def job() -> int:
         seen: dict[str, Estimate] = {}
         for text, run in runs:
             if text not in seen:
-                seen[text] = found = estimate(run, dataset, attacks)
+                seen[text] = found = estimate(run, dataset, attacks, test_samples)
                 times = sum(other == text for other, _ in runs)
                 length = f"{run.epochs} epochs" if run.time_budget is None else f"{run.time_budget:g} s"
                 what = f"{length} of {run.dataset}, {run.model}, eps {run.eps:.4g}"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
+from yopo_ext import validation
 from yopo_ext.training.adversaries import parse_attacks
-from yopo_ext.training.checkpoint import write_atomically, write_json
+from yopo_ext.training.checkpoint import require_empty, write_atomically, write_json
 from yopo_ext.training.config import CompareConfig, TrainConfig, device_for, require_same, resolve
 from yopo_ext.training.data import Dataset, SplitSource
 from yopo_ext.training.datasets import dataset_of
+from yopo_ext.training.deadline import Deadline
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import evaluate_in_parts
 from yopo_ext.training.metrics import MetricsFile
@@ -46,6 +47,8 @@ def plan(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
         if len(values) == 0 or len(set(values)) != len(values):
             raise ValueError(f"{name} must be a list without repetitions, at least one long; got {list(values)}")
     parse_attacks(config.test_attacks)
+    if config.test_samples is not None:
+        validation.integer("test_samples", config.test_samples, 1)
     if config.train.devices != 1:
         raise ValueError(
             f"devices must be 1 to compare; got {config.train.devices}: train each method by `train`, test it by `evaluate`"
@@ -57,6 +60,11 @@ def plan(config: CompareConfig) -> list[tuple[str, TrainConfig]]:
             out = str(Path(config.train.out) / folder_name(text) / f"seed-{seed}") if config.train.out else None
             train = dataclasses.replace(config.train, seed=seed, out=out)
             runs.append((text, resolve(with_own_options(train, text))[0]))
+    same: dict[str, str] = {}
+    for text, run in runs[: len(config.methods)]:
+        other = same.setdefault(repr(dataclasses.replace(run, out=None)), text)
+        if other != text:
+            raise ValueError(f"methods must be a list without repetitions; {other!r} and {text!r} are the same")
     return runs
 
 
@@ -94,10 +102,12 @@ class Comparison:
         self.config, self.shown = config, shown
         self.runs = plan(config)
         self.out = Path(config.train.out) if config.train.out else None
+        if self.out is not None and config.train.resume == "never":
+            require_empty(self.out)
         self.metrics = None if self.out is None else MetricsFile(self.out / "metrics.jsonl")
         records = [] if self.metrics is None else self.metrics.read()
-        if records and config.train.resume == "never":
-            raise ValueError(f"out must be a folder without a comparison unless resume is 'auto'; {self.out} holds one")
+        if any("method" not in record for record in records):
+            raise ValueError(f"out must not be the folder of a single run; got {self.out}")
         # A run tested otherwise is tested again; training it again is not needed.
         self.done = {(r["method"], r["seed"]): r for r in records if r.get("test") == config.test()}
         for _, run in self.runs:
@@ -108,10 +118,8 @@ class Comparison:
             assert run.batch_size is not None
             SplitSource(self.dataset.train, run.batch_size, seed=run.seed)  # its checks, before anything is trained
 
-    def run(self) -> list[Row] | None:
-        """The table's rows; None if `config.train.stop_after` ended it early (`resume="auto"` goes on from there)."""
-        limit = self.config.train.stop_after
-        deadline = None if limit is None else time.monotonic() + limit
+    def run(self, deadline: Deadline | None = None) -> list[Row] | None:
+        """The table's rows; None if the `deadline` passed before (`resume="auto"` goes on from there)."""
         records: list[dict[str, Any]] = []
         for text, run in self.runs:
             record = self.done.get((text, run.seed))
@@ -137,7 +145,13 @@ class Comparison:
 
 
 def run_and_test(
-    text: str, run: TrainConfig, config: CompareConfig, dataset: Dataset, deadline: float | None, *, shown: bool = True
+    text: str,
+    run: TrainConfig,
+    config: CompareConfig,
+    dataset: Dataset,
+    deadline: Deadline | None,
+    *,
+    shown: bool = True,
 ) -> dict[str, Any] | None:
     """Train once and attack the selected weights on the test split; None if the deadline passed before."""
     trainer = Trainer(run, dataset=dataset, shown=shown)

@@ -6,12 +6,14 @@ import dataclasses
 import json
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from yopo_ext import validation
 from yopo_ext.training import methods
+from yopo_ext.training.adversaries import SUITES
 from yopo_ext.training.methods import Method, ThreatModel
 from yopo_ext.training.methods.base import option
 from yopo_ext.training.metrics import require_tensorboard
@@ -50,7 +52,10 @@ PRESETS: dict[str, Preset] = {
 class TrainConfig:
     """One training run. None means: the default of the data set (`PRESETS`); for lr, scaled by the method."""
 
-    method: str = option("yopo-5-3", "training method, with its numbers (pgd-10, yopo-5-3) or options (yopo:persist)")
+    method: str = option(
+        "yopo-5-3",
+        f"training method, with its numbers (pgd-10, yopo-5-3) or options (yopo:persist): {', '.join(methods.METHODS)}",
+    )
     dataset: str = option("digits", f"data set: {', '.join(PRESETS)}")
     data_dir: str = option("data", "folder that holds or receives data sets")
     download: bool = option(False, "download the data set if it is not in the folder")
@@ -66,7 +71,10 @@ class TrainConfig:
     mean: tuple[float, ...] = option((), "the model gets (pixels - mean) / std, per channel; eps stays in pixel units")
     std: tuple[float, ...] = option((), "see mean")
     seed: int = option(0, "seed of weights, batch order and attacks")
-    out: str | None = option(None, "folder for checkpoints and metrics; nothing in it is ever deleted")
+    out: str | None = option(
+        None,
+        "folder for checkpoints and metrics (default: a new one under runs); a finished or foreign run in it is never touched",
+    )
     epochs: int | None = option(None, "passes over the training data")
     time_budget: float | None = option(None, "seconds of training, instead of epochs")
     batch_size: int | None = option(None, "samples per weight update and process")
@@ -158,6 +166,12 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"{name} must be > 0; got {value}")
     if config.ema is not None and not 0.0 < config.ema < 1.0:
         raise ValueError(f"ema must be in (0, 1); got {config.ema}")
+    if config.dataset != "imagefolder" and (config.image_size, config.workers) != (None, None):
+        raise ValueError(f"image_size and workers are for dataset 'imagefolder'; dataset is {config.dataset!r}")
+    if config.precision == "16-mixed" and device_for(config.accelerator).type == "cpu":
+        raise ValueError("precision must be '32-true' or 'bf16-mixed' on a CPU; got '16-mixed'")
+    if config.out is not None and (config.out == "" or Path(config.out).is_file()):
+        raise ValueError(f"out must name a folder; got {config.out!r}")
     if config.resume == "auto" and config.out is None:
         raise ValueError("out must name a folder with resume='auto'; got None")
     if config.stop_after is not None and config.out is None:
@@ -203,7 +217,9 @@ class EvaluateConfig:
     """Attacks on a trained model."""
 
     checkpoint: str = option("", "model.pt or last.pt of a run")
-    suite: Literal["quick", "standard", "full"] = option("quick", "which attacks")
+    suite: Literal["quick", "standard", "full"] = option(
+        "quick", "which attacks: " + "; ".join(f"{name}: {', '.join(tried)}" for name, tried in SUITES.items())
+    )
     attacks: tuple[str, ...] | None = option(
         None,
         "attacks instead of a suite, comma separated: pgd-STEPS[-RESTARTS][:STEP_SIZE] or cw-... (margin loss), apgd-ce, "

@@ -37,7 +37,9 @@ class Estimate:
         )
 
 
-def estimate(config: TrainConfig, dataset: Dataset, test_attacks: Sequence[Attack] = ()) -> Estimate:
+def estimate(
+    config: TrainConfig, dataset: Dataset, test_attacks: Sequence[Attack] = (), test_samples: int | None = None
+) -> Estimate:
     """Time a few training steps and a small attack, then scale up. Writes no file."""
     trainer = Trainer(
         dataclasses.replace(config, out=None, resume="never", stop_after=None), dataset=dataset, shown=False
@@ -56,13 +58,14 @@ def estimate(config: TrainConfig, dataset: Dataset, test_attacks: Sequence[Attac
             torch.cuda.synchronize(trainer.device)
         elapsed += time.perf_counter() - started if number >= 0 else 0.0
     assert trainer.config.epochs is not None
-    training = trainer.config.time_budget or elapsed / probed * trainer.source.batches * trainer.config.epochs
+    epoch = elapsed / probed * trainer.source.batches
+    training = trainer.config.time_budget or epoch * trainer.config.epochs
 
     per_pass = seconds_per_pass(trainer.learner.result, trainer.dataset.validation, trainer.learner.threat)
-    validations = trainer.config.epochs / (trainer.config.validate_every or 1)
+    validations = training / epoch / (trainer.config.validate_every or 1)
     evaluation = per_pass * (
         validations * passes([PgdAttack(trainer.config.validation_steps)], len(trainer.dataset.validation))
-        + passes(test_attacks, len(trainer.dataset.test))
+        + passes(test_attacks, len(trainer.dataset.test.first(test_samples)))
     )
     if cuda:
         memory = torch.cuda.max_memory_allocated(trainer.device) / 2**20

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -20,6 +19,7 @@ from yopo_ext.modes import evaluating
 from yopo_ext.training.adversaries import Attack, PgdAttack, parse_attack, pixel_model
 from yopo_ext.training.checkpoint import append_line
 from yopo_ext.training.data import Split, bytes_of, mix_seed
+from yopo_ext.training.deadline import Deadline
 from yopo_ext.training.methods.base import ThreatModel
 from yopo_ext.training.progress import Progress
 
@@ -104,10 +104,10 @@ def evaluate_in_parts(
     seed: int = 0,
     batch_size: int = 256,
     journal: Path | None = None,
-    deadline: float | None = None,
+    deadline: Deadline | None = None,
     title: str | None = None,
 ) -> Evaluation | None:
-    """`evaluate`, with finished batches kept in the file `journal`; None once `time.monotonic()` passes `deadline`.
+    """`evaluate`, with finished batches kept in the file `journal`; None once the `deadline` passes.
 
     With a `title` it says how far it is.
     """
@@ -127,7 +127,7 @@ def evaluate_in_parts(
             survivors = []
             for number, (part, survived) in enumerate(zip(parts, known, strict=True)):
                 if survived is None:
-                    if deadline is not None and time.monotonic() > deadline:
+                    if deadline is not None and deadline.passed():
                         return None
                     x, y = next(images), split.labels[part]
                     if attack is not None:

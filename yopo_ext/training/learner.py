@@ -16,7 +16,7 @@ from yopo_ext import attacks
 from yopo_ext.training.config import TrainConfig, threat_model
 from yopo_ext.training.data import Batch, Dataset, PerSample, mix_seed
 from yopo_ext.training.methods import Method, Outcome
-from yopo_ext.training.models import build_model, check_images
+from yopo_ext.training.models import build_model
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -35,8 +35,7 @@ class FabricLearner:
         if len(config.mean) not in (0, 1, channels):
             raise ValueError(f"mean must have one value or one per channel ({channels}); got {list(config.mean)}")
         torch.manual_seed(mix_seed(config.seed))
-        self.module, self.first_layer = build_model(config.model, dataset.shape[0], dataset.classes)
-        check_images(self.module, config.model, dataset.shape, dataset.classes)
+        self.module, self.first_layer = build_model(config.model, dataset.shape, dataset.classes)
         self.module.train()
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.module.to(memory_format=self.memory_format)  # type: ignore[call-overload]

@@ -8,14 +8,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-QUIET_SECONDS = 10.0  # between plain lines
+QUIET_SECONDS = 30.0  # between plain lines
 
 
 class Progress:
     """Reports the batches and epochs of one run; silent unless `shown` (rank 0)."""
 
     def __init__(self, title: str, total: int | None, done: int = 0, *, shown: bool = True) -> None:
-        self.title, self.shown = title, shown
+        self.title, self.total, self.done, self.shown = title, total, done, shown
         self.said = time.monotonic()
         terminal = shown and sys.stderr.isatty()
         self.bar = (
@@ -25,11 +25,15 @@ class Progress:
         )
 
     def advance(self, batches: int = 1) -> None:
+        self.done += batches
         if self.bar is not None:
             self.bar.update(batches)
+        elif self.shown and time.monotonic() - self.said > QUIET_SECONDS:
+            self.say(f"batch {self.done}" + ("" if self.total is None else f" of {self.total}"))
 
     def say(self, text: str) -> None:
         """One line, above the bar if there is one."""
+        self.said = time.monotonic()
         if self.shown:
             line = f"{self.title}: {text}"
             tqdm.write(line, file=sys.stderr) if self.bar is not None else print(line, file=sys.stderr, flush=True)
@@ -41,7 +45,6 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         elif last or time.monotonic() - self.said > QUIET_SECONDS:
-            self.said = time.monotonic()
             self.say(text)
 
     def close(self) -> None:

@@ -28,6 +28,8 @@ def make_schedule(name: str, milestones: Sequence[float] = (), warmup: float = 0
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {name!r}")
     if not 0.0 <= warmup < 1.0:
         raise ValueError(f"warmup must be a fraction of the run in [0, 1); got {warmup}")
+    if (name == "piecewise") != bool(milestones):
+        raise ValueError(f"milestones must be given for schedule 'piecewise', and for no other; got {list(milestones)}")
     if list(milestones) != sorted(set(milestones)) or any(not 0.0 < m < 1.0 for m in milestones):
         raise ValueError(f"milestones must be increasing fractions of the run in (0, 1); got {list(milestones)}")
 

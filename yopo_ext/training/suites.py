@@ -10,13 +10,24 @@ import torch
 
 from yopo_ext import validation
 from yopo_ext.training.adversaries import SUITES, parse_attacks, passes
-from yopo_ext.training.checkpoint import load_checkpoint, tested_weights, write_json
+from yopo_ext.training.checkpoint import WRITTEN, load_checkpoint, tested_weights, write_json
 from yopo_ext.training.config import EvaluateConfig, TrainConfig, device_for, threat_model
 from yopo_ext.training.datasets import dataset_of
+from yopo_ext.training.deadline import Deadline
 from yopo_ext.training.environment import environment
 from yopo_ext.training.estimate import duration, seconds_per_pass
 from yopo_ext.training.evaluation import alarms, evaluate_in_parts
 from yopo_ext.training.models import build_model
+
+
+def require_report(path: Path) -> None:
+    """Raise ValueError if the path is one that a report must not replace."""
+    if path.is_dir():
+        raise ValueError(f"out must name a file for the report, such as {path / 'evaluation.json'}; got a folder")
+    if path.suffix != ".json":
+        raise ValueError(f"out must name a .json file for the report; got {str(path)!r}")
+    if path.name in WRITTEN:
+        raise ValueError(f"out must not name a file of the run; got {str(path)!r}")
 
 
 class CheckpointTest:
@@ -31,6 +42,8 @@ class CheckpointTest:
         validation.choice("suite", config.suite, tuple(SUITES))
         names = SUITES[config.suite] if config.attacks is None else config.attacks
         self.attacks = parse_attacks(names)
+        if config.out is not None:
+            require_report(Path(config.out))
         validation.choice("split", config.split, ("test", "validation"))
         validation.integer("seed", config.seed, 0)
         if config.samples is not None:
@@ -44,7 +57,12 @@ class CheckpointTest:
         split = dataset.test if config.split == "test" else dataset.validation
         self.split = split.first(config.samples).to(self.device)
         assert self.trained.model is not None
-        self.model, _ = build_model(self.trained.model, dataset.shape[0], dataset.classes)
+        self.model, _ = build_model(self.trained.model, dataset.shape, dataset.classes)
+        if (list(dataset.shape), dataset.classes) != (state["shape"], state["classes"]):
+            raise ValueError(
+                f"data_dir must hold images {state['shape']} of {state['classes']} classes, as in training; got "
+                f"{list(dataset.shape)} of {dataset.classes}"
+            )
         self.model.load_state_dict(tested_weights(state))
         layout = torch.channels_last if self.trained.channels_last else torch.contiguous_format
         self.model.to(self.device, memory_format=layout).eval()  # type: ignore[call-overload]
@@ -55,8 +73,10 @@ class CheckpointTest:
         names = ", ".join(("clean", *(a.name for a in self.attacks)))
         return f"{self._what()}: {names}; about {duration(seconds)}"
 
-    def run(self) -> str:
+    def run(self, deadline: Deadline | None = None) -> str | None:
         """Attack; returns the report as text and writes it as JSON if the configuration names a file.
+
+        None once the deadline passes.
 
         Beside that file, FILE.journal keeps what is finished: run again after an interruption, it goes on from there.
         """
@@ -68,9 +88,11 @@ class CheckpointTest:
             self.attacks,
             seed=self.config.seed,
             journal=None if self.config.out is None else Path(f"{self.config.out}.journal"),
+            deadline=deadline,
             title="evaluate",
         )
-        assert found is not None  # there is no deadline
+        if found is None:
+            return None
         seconds = time.perf_counter() - started
         report: dict[str, Any] = {
             "checkpoint": self.config.checkpoint,

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from yopo_ext.training.adversaries import PgdAttack
 from yopo_ext.training.alarms import training_alarm
 from yopo_ext.training.augment import Augmentation
-from yopo_ext.training.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint, write_json
-from yopo_ext.training.clock import Clock
+from yopo_ext.training.checkpoint import load_checkpoint, remove_leftovers, require_empty, save_checkpoint, write_json
 from yopo_ext.training.config import TrainConfig, require_same, resolve
 from yopo_ext.training.data import Dataset, SplitSource
 from yopo_ext.training.datasets import dataset_of
+from yopo_ext.training.deadline import Deadline
 from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.learner import FabricLearner
 from yopo_ext.training.methods import Method
 from yopo_ext.training.metrics import EpochLog
+from yopo_ext.training.position import Clock, Position
 from yopo_ext.training.progress import Progress
 from yopo_ext.training.schedules import make_schedule
 
@@ -42,22 +43,6 @@ class TrainResult:
     images: int  # trained on, by all processes
     peak_memory: float | None  # MiB on the GPU, in training and validation; None on a CPU
     validation: dict[str, float]  # of the selected checkpoint
-
-
-@dataclass
-class Position:
-    """How far a run has come: what a checkpoint holds beside the learner's state."""
-
-    epoch: int = 0  # finished
-    batch: int = 0  # of the epoch under way, per process
-    batches: int = 0  # in all
-    seconds: float = 0.0
-    compile_seconds: float = 0.0
-    peak_memory: float | None = None
-    totals: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, correct, samples
-    selected: dict[str, float] | None = None  # validation of the weights that are the result so far
-    highest: dict[str, float] = dataclasses.field(default_factory=dict)  # validation accuracies, by name
-    curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (seconds, validation PGD accuracy)
 
 
 class Trainer:
@@ -104,10 +89,10 @@ class Trainer:
             self.selected = saved["selected"]
             self.at = Position(**saved["position"])
 
-    def fit(self, deadline: float | None = None) -> TrainResult | None:
+    def fit(self, deadline: Deadline | None = None) -> TrainResult | None:
         """Train to the end and select the result on the validation split.
 
-        With a `deadline` (of `time.monotonic()`) the run is saved and left, and None returned, when it passes.
+        When the `deadline` passes the run is saved and left, and None returned.
         """
         log = self._open_folder()
         if self.config.compile and self.progress() < 1.0:
@@ -151,7 +136,7 @@ class Trainer:
         self.learner.rehearse(next(self.source.epoch(0)))
         self.at.compile_seconds = clock.pause()
 
-    def _train_epoch(self, progress: Progress, deadline: float | None) -> bool:
+    def _train_epoch(self, progress: Progress, deadline: Deadline | None) -> bool:
         """The rest of the epoch; False if the deadline ended it."""
         self.learner.module.train()
         totals = torch.tensor(self.at.totals, dtype=torch.float64, device=self.device)  # read back when saving
@@ -169,7 +154,7 @@ class Trainer:
             progress.advance()
             if self.at.batches % self.agree_every == 0:
                 now = time.monotonic()
-                due = (clock.read(), deadline is not None and now > deadline, now - saved > self.config.save_every)
+                due = (clock.read(), deadline is not None and deadline.passed(), now - saved > self.config.save_every)
                 self.at.seconds, stop, save = self.fabric.broadcast(due)
                 if (stop or save) and self.at.batch < self.source.batches:
                     self.at.seconds = self.fabric.broadcast(clock.pause())
@@ -255,10 +240,14 @@ class Trainer:
 
     def _find_run(self) -> dict[str, Any] | None:
         """The state of the run in the folder, if it is to be gone on with."""
-        if self.folder is None or not (self.folder / "last.pt").exists():
+        if self.folder is None:
             return None
         if self.config.resume == "never":
-            raise ValueError(f"out must be a folder without a run unless resume is 'auto'; {self.folder} holds one")
+            require_empty(self.folder)
+        if (self.folder / "metrics.jsonl").exists() and not (self.folder / "run.json").exists():
+            raise ValueError(f"out must not be the folder of a comparison, or of what is no run; got {self.folder}")
+        if not (self.folder / "last.pt").exists():
+            return None
         state = load_checkpoint(self.folder / "last.pt")
         require_same(state["config"], self.config)
         return state

@@ -112,6 +112,9 @@ class Method:
 
     def check(self, threat: ThreatModel) -> None:
         """Raise ValueError if the method does not work under this threat model."""
+        step_size = getattr(self, "step_size", None)
+        if step_size is not None and not step_size > 0.0:
+            raise ValueError(f"step_size must be > 0; got {step_size}")
 
     @property
     def lr_scale(self) -> float:

@@ -36,6 +36,7 @@ class FgsmMep(Method):
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
 
     def check(self, threat: ThreatModel) -> None:
+        super().check(threat)
         if threat.norm != "linf":
             raise ValueError(f"norm must be 'linf' for method {self.name!r}; got {threat.norm!r}")
 

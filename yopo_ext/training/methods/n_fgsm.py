@@ -33,6 +33,7 @@ class NFgsm(Method):
             raise ValueError(f"noise must be >= 0; got {self.noise}")
 
     def check(self, threat: ThreatModel) -> None:
+        super().check(threat)
         if threat.norm != "linf":
             raise ValueError(f"norm must be 'linf' for method {self.name!r}; got {threat.norm!r}")
 

@@ -22,7 +22,6 @@ __all__ = [
     "SmallCNN",
     "WideResNet",
     "build_model",
-    "check_images",
     "check_model_name",
     "robustbench_model",
 ]
@@ -58,7 +57,9 @@ def check_model_name(name: str | None) -> None:
     """Raise ValueError unless `build_model` knows this name."""
     if not isinstance(name, str) or _builder(name) is None:
         allowed = f"{', '.join(MODELS)}, wrn-DEPTH-WIDTH (wrn-34-10), timm/NAME, torchvision/NAME"
-        raise ValueError(f"model must be one of {allowed}; got {name!r}")
+        library = str(name).partition("/")[0]
+        why = f" ({library} is not installed, or has no such model)" if library in ("timm", "torchvision") else ""
+        raise ValueError(f"model must be one of {allowed}; got {name!r}{why}")
 
 
 def robustbench_model(name: str, classes: int) -> str | None:
@@ -67,26 +68,35 @@ def robustbench_model(name: str, classes: int) -> str | None:
     return None if entry is None or entry.robustbench is None else entry.robustbench.format(classes)
 
 
-def build_model(name: str, channels: int, classes: int) -> tuple[nn.Module, str | None]:
+def build_model(name: str, shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, str | None]:
     """(model with fresh weights from the global random state, name of its first layer or None).
 
+    Args:
+        name: see `check_model_name`.
+        shape: of an image, [C, H, W]. Models of timm that are built for one size (ViTs) are built for this one.
+        classes: how many logits.
+
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a model that cannot take such images.
     """
     check_model_name(name)
     entry = _builder(name)
     assert entry is not None
-    return entry.build(channels, classes), entry.first_layer
+    model = entry.build(shape[0], classes)
+    try:
+        resize = getattr(model, "set_input_size", None)
+        if callable(resize):
+            resize(img_size=shape[1:])
+        _check_logits(model, name, shape, classes)
+    except (RuntimeError, TypeError, AssertionError, IndexError) as error:
+        raise ValueError(f"model must take images of shape {list(shape)}; {name!r} says: {error}") from error
+    return model, entry.first_layer
 
 
 @torch.no_grad()
-def check_images(model: nn.Module, name: str, shape: tuple[int, int, int], classes: int) -> None:
-    """Raise ValueError unless the model, called `name`, makes `classes` logits of an image [C, H, W] of this shape."""
-    try:
-        with evaluating(model):
-            found = list(model(torch.zeros(1, *shape)).shape)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"model must take images of shape {list(shape)}; {name!r} says: {error}") from error
+def _check_logits(model: nn.Module, name: str, shape: tuple[int, int, int], classes: int) -> None:
+    with evaluating(model):
+        found = list(model(torch.zeros(1, *shape)).shape)
     if found != [1, classes]:
         raise ValueError(f"model must make {classes} logits of an image; {name!r} makes shape {found[1:]}")
 
@@ -126,6 +136,8 @@ def _from_torchvision(name: str) -> ModelEntry | None:
     def build(channels: int, classes: int) -> nn.Module:
         if channels != 3:
             raise ValueError(f"dataset must have 3 channels for model torchvision/{name}; got {channels}")
-        return torchvision.models.get_model(name, weights=None, num_classes=classes)
+        # Two of them have auxiliary outputs in training, for which the methods have no use.
+        plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(name, weights=None, num_classes=classes, **plain)
 
     return ModelEntry(build)
