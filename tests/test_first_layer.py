@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from step_oracle import batch, network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -158,6 +159,123 @@ def test_a_replaced_first_layer_is_found_anew() -> None:
     step(model)
     assert layer_used(model) is model.first
     assert model.first.weight.grad is not None
+
+
+def _new_convolution(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    model.first[0] = nn.Conv2d(3, 6, 3)
+
+
+def _new_activation(model: nn.Module) -> None:
+    model.first[2] = nn.SiLU()
+
+
+def _other_statistics(model: nn.Module) -> None:
+    model.first[1] = nn.GroupNorm(2, 6)
+
+
+def _appended(model: nn.Module) -> None:
+    model.first.append(nn.Tanh())
+
+
+def _padding_mode(model: nn.Module) -> None:
+    model.first[0].padding_mode = "reflect"
+
+
+def _slope(model: nn.Module) -> None:
+    model.first[2].negative_slope = 0.7
+
+
+def _hook(model: nn.Module) -> None:
+    model.first[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def _forward(model: nn.Module) -> None:
+    forward = model.first[0].forward
+    model.first[0].forward = lambda u: forward(u) - 1
+
+
+def _pruned(model: nn.Module) -> None:
+    torch.nn.utils.prune.l1_unstructured(model.first[0], "weight", amount=0.5)
+
+
+def _normalised_before(model: nn.Module) -> None:
+    model.first = nn.Sequential(Standardise(), *model.first)
+
+
+def _longer(model: nn.Module) -> None:
+    model.first = nn.Sequential(model.first, nn.Sigmoid())
+
+
+class Standardise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.5, 0.4, 0.3])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.2, 0.3, 0.2])[:, None, None])
+
+    def forward(self, u: Tensor) -> Tensor:
+        return (u - self.mean) / self.std
+
+
+@pytest.mark.parametrize("name", ["first", None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        _new_convolution, _new_activation, _other_statistics, _appended, _padding_mode, _slope, _hook, _forward, _pruned,
+        _normalised_before, _longer,
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:the first layer runs through autograd")
+def test_a_layer_that_was_changed_after_a_step_is_described_anew(change, name) -> None:
+    """The first step must leave nothing behind that a model without it would not have."""
+    results = []
+    for stepped in (False, True):
+        make = lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.LeakyReLU(0.2))  # noqa: E731
+        model = network(make, dtype=torch.float32).eval()
+        if stepped:
+            step(model, first_layer=name)
+            model.zero_grad()
+        change(model)
+        torch.manual_seed(2)
+        result = step(model, first_layer=name)
+        results.append((result.loss, result.perturbation, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:the first layer runs through autograd")
+def test_new_statistics_of_a_normalisation_in_the_layer_are_noticed() -> None:
+    model = network(lambda: nn.Sequential(Standardise(), nn.Conv2d(3, 6, 3), nn.ReLU()), dtype=torch.float32)
+    step(model, first_layer="first")
+    model.first[0].mean.fill_(0.1)
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(
+        *(step(m, first_layer="first", init="zero").perturbation for m in (model, other)), rtol=0.0, atol=0.0
+    )
+
+
+def test_trained_arguments_of_the_layer_are_refused() -> None:
+    class Embedded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.shift = Shifted(), nn.Parameter(torch.zeros(6, 1, 1))
+            self.head = nn.Sequential(nn.Flatten(), nn.Linear(6 * 6 * 5, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.first(x, self.shift))
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3)
+
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            return self.conv(x) + shift
+
+    with (
+        pytest.warns(UserWarning, match="through autograd"),
+        pytest.raises(ValueError, match="first_layer must depend on no trained tensors but its own parameters"),
+    ):
+        step(Embedded(), first_layer="first")
 
 
 def test_the_cache_keeps_no_model_alive() -> None:

@@ -187,7 +187,11 @@ def test_the_pass_after_an_update_runs_on_the_new_weights_under_autocast() -> No
 
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
             losses.append(step(model, x=x, init=eta, outer_steps=4, after_pass=after_pass).losses)
-    assert torch.equal(*losses)
+            losses.append(step(model, x=x, init=eta, outer_steps=1).losses)
+            optimizer.step()  # between two steps in one block
+            losses.append(step(model, x=x, init=eta, outer_steps=1).losses)
+    for cached, fresh in zip(losses[:3], losses[3:], strict=True):
+        assert torch.equal(cached, fresh)
 
 
 def test_gradients_are_not_divided_when_every_pass_is_an_update() -> None:
@@ -532,6 +536,56 @@ def test_dropout_in_an_opaque_first_layer_keeps_its_mask() -> None:
     step(model, outer_steps=1)
     assert not torch.equal(model.first.masks[-1], model.first.masks[-6])
     assert draw.numel() == 1
+
+
+def test_functional_noise_in_an_opaque_first_layer_is_repeated() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.noise = nn.Conv2d(3, 6, 3), []
+
+        def forward(self, u: Tensor) -> Tensor:
+            self.noise.append(torch.randn(u.shape[0], 6, 1, 1, dtype=u.dtype))
+            return torch.tanh(self.conv(u) + self.noise[-1])
+
+    model = network(Noisy)
+    model.first.noise.clear()
+    with pytest.warns(UserWarning, match="Noisy"):
+        step(model, outer_steps=1, inner_steps=3)
+    assert all(torch.equal(noise, model.first.noise[0]) for noise in model.first.noise)
+
+
+def test_a_loss_with_weights_of_its_own_is_trained_by_the_passes_that_train() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+
+        def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(logits / self.temperature, y)[None]
+
+    gradients = []
+    for m in (1, 3):
+        loss, model = Scaled(), small()
+        hook = loss.temperature.register_post_accumulate_grad_hook(lambda p: gradients.append(p.grad.clone()))
+        result = step(model, outer_steps=m, train_on="last", loss_fn=loss)
+        hook.remove()
+        assert result.losses.shape == (m,)
+    assert len(gradients) == 2
+    loss = Scaled()
+    with torch.no_grad():
+        loss.temperature.fill_(torch.nan)
+    step(small(), loss_fn=loss, on_nonfinite="skip")
+    assert loss.temperature.grad is None
+
+
+def test_a_loss_that_runs_the_model_again_is_refused_in_every_step() -> None:
+    model = small()
+    x, _, _ = batch()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="first_layer must"):
+            step(model, loss_fn=lambda logits, y: F.cross_entropy(logits, y) + F.cross_entropy(model(x), y))
+        step(model)
 
 
 def test_half_precision_model_keeps_a_full_precision_perturbation() -> None:

@@ -15,16 +15,17 @@ class NonFiniteGuard:
     DistributedDataParallel the processes decide together: their gradients are already mixed.
     """
 
-    def __init__(self, model: nn.Module, mode: str) -> None:
-        self.model, self.mode = model, mode
+    def __init__(self, model: nn.Module, loss: nn.Module, mode: str) -> None:
+        self.model, self.loss, self.mode = model, loss, mode
         self.remember()
 
     def remember(self) -> None:
         """Take the present state as the one to go back to."""
         if self.mode == "ignore":
             return
-        self.gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self.model.parameters()]
-        self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        parameters = (*self.model.parameters(), *self.loss.parameters())
+        self.gradients = [(p, None if p.grad is None else p.grad.clone()) for p in parameters]
+        self.buffers = [(b, b.detach().clone()) for b in (*self.model.buffers(), *self.loss.buffers())]
 
     def accepts(self, losses: list[Tensor]) -> bool:
         """Whether all losses are finite; if not, everything is put back."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .batch_norm_node import FirstLayerBatchNormNode, first_layer_batch_norm_node
-from .first_layer import FusedLayer, Normalisation, OpaqueLayer, fitted_normalisation, matches
+from .first_layer import FusedLayer, OpaqueLayer
 from .node import Carry, FirstLayerNode, first_layer_node, normalised
+from .normalisation import Normalisation, fitted_normalisation, matches
 from .opaque import Opaque, opaque_node, replaced_forward
 
 
@@ -67,6 +68,7 @@ class Interposition:
         self.original = original or layer.forward
         self.inner = Normalisation()  # found between the model's input and the layer
         self.logits: tuple[int, int] | None = None  # (classes, dimensions) of the model's output, once known
+        self.surroundings: tuple[int, ...] = ()  # the model's modules, at the first pass
         self.verified: set[Any] = set()  # the circumstances under which a first pass went well
         self.now: Any = None
         self.mean: list[float] = []
@@ -110,6 +112,11 @@ class Interposition:
         if not torch.compiler.is_compiling():
             self._observe(observed)
         if isinstance(self.plan, OpaqueLayer):
+            if any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
+                raise ValueError(
+                    f"first_layer must depend on no trained tensors but its own parameters; the "
+                    f"{type(self.layer).__name__} is called with one: give a first_layer that contains what makes it"
+                )
             own = functools.partial(_call, self.original, args, kwargs) if args or kwargs else self.original
             layer = Opaque(
                 self.layer, own, self.plan.affine, self.mean, self.std, now.steps, now.threat, now.norm,

@@ -86,7 +86,11 @@ class Opaque:
         """The first evaluation, which notes what `again` must repeat: dropout masks, autocast, batch statistics."""
         kind = u.device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in self.module.modules()):
+        drops = any(
+            isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in self.module.modules()
+        )
+        capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
+        if drops or not (self.affine or capturing):  # any module may draw noise in its forward
             self.rng_state = torch.get_rng_state(), torch.cuda.get_rng_state(u.device) if kind == "cuda" else None
         hooks = [
             m.register_forward_pre_hook(self._note_statistics)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import first_layer as layers
-from .first_layer import Normalisation
 from .functional import resolve_allow_tf32
 from .interposition import Discovery, Interposition, Pass
 from .node import Carry, normalised
+from .normalisation import Normalisation
 
 # What is known of a model's first layer, by what the caller gave as `first_layer`. Weak: models come and go.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Interposition]] = weakref.WeakKeyDictionary()
@@ -99,6 +99,7 @@ class Passes:
         self.allow_tf32 = resolve_allow_tf32(None)
         self.carry = Carry()
         self.base = list(layers.unwrapped(model))[-1]
+        self.surroundings = tuple(map(id, self.base.modules()))
         self.interposition = self._lookup()
         if isinstance(self.interposition, Interposition):
             self.interposition.check_channels(x)
@@ -126,16 +127,24 @@ class Passes:
     def _lookup(self) -> Interposition | Discovery:
         """The interposition of a known first layer, a new one for a layer that is named, or else a discovery."""
         known = _known.setdefault(self.model, {})
-        found = known.get(self._key)
-        if found is not None and any(module is found.layer for module in self.base.modules()):
-            return found
+        present = set(self.base.modules())
+        for key in [key for key, other in known.items() if other.layer not in present]:
+            del known[key]
         layer = (
             layers.declared(self.model) if self.first_layer is None else layers.resolve(self.model, self.first_layer)
         )
+        if layer is None and None in known and known[None].surroundings == self.surroundings:
+            layer = known[None].layer
         if layer is None:
             return Discovery({m: layers.describe(m, self.x) for m in layers.candidates(self.base)})
         same = next((other for other in known.values() if other.layer is layer), None)
-        return same or Interposition(layer, layers.describe(layer, self.x))
+        if (
+            same is not None
+            and same.surroundings == self.surroundings
+            and same.plan.circumstances == layers.circumstances(layer)
+        ):
+            return same
+        return Interposition(layer, layers.describe(layer, self.x))
 
     def _adopt(self) -> Interposition:
         """Settle for the layer that a first pass went through."""
@@ -145,7 +154,7 @@ class Passes:
             raise ValueError(self._never_ran(at))
         if at.calls > 1:
             raise ValueError(self._ran_often(found))
-        found.logits = at.logits
+        found.logits, found.surroundings = at.logits, self.surroundings
         self.interposition = found
         if found.layer is not self.model:  # (the entry would keep its own key alive)
             _known[self.model][self._key] = found
@@ -198,21 +207,24 @@ class Passes:
                 + ("" if reached else ": `backward` must run one backward pass")
             )
         self.interposition.verified.add(circumstances)
-        return PassResult(leaf.grad, loss.detach(), detached(output))
+        return PassResult(leaf.grad.detach(), loss.detach(), detached(output))
 
     def descend(self, loss: Tensor) -> None:
         """The backward pass, outside of any autocast that the forward ran under."""
         with torch.autocast(self.x.device.type, enabled=False):
             self.backward(loss)
+        # Its copies of the weights are old if an optimizer steps between passes, or inside of backward.
+        torch.clear_autocast_cache()
 
     def _forward(self, now: Pass, objective: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
         assert isinstance(self.interposition, Interposition)
         if self.interposition.recomputed:
             now.given.requires_grad_()  # a reentrant checkpoint has a backward only if its input wants one
         output = self.model(now.given)
+        loss = self._scalar(objective(output))  # which might run the model, too
         if self.interposition.calls > 1:
             raise ValueError(self._ran_often(self.interposition))
-        return output, self._scalar(objective(output))
+        return output, loss
 
     def _first_forward(self, now: Pass, objective: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
         """The forward of a first pass: in eager mode, everything looked at before any gradient or buffer changes."""
@@ -221,6 +233,8 @@ class Passes:
             output = self.model(now.given.clone())  # a model may overwrite its input
             found = self._adopt()
             loss = self._scalar(objective(output))
+            if found.calls > 1:
+                raise ValueError(self._ran_often(found))
             name = type(found.layer).__name__
             reached = _leaves(loss)
             if found.recomputed and now.given in reached:
@@ -239,4 +253,4 @@ class Passes:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a scalar tensor; got {got}")
-        return loss
+        return loss if loss.dim() == 0 else loss.reshape(())

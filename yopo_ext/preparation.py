@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from . import validation
 from .attacks import AdmissibleSet
 from .constants import NORMS
-from .first_layer import Normalisation
 from .guard import NonFiniteGuard
 from .node import normalised, threat_tensor
+from .normalisation import Normalisation
 from .passes import Passes
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -43,6 +43,7 @@ class Preparation:
         self.x = x if dense else x.contiguous()
         self.y, self.norm, self.loss_fn = y, norm, loss_fn
         self.generator = generator
+        self.trained_loss = loss_fn if isinstance(loss_fn, nn.Module) else nn.Identity()  # it may have parameters
         self.classifies = loss_fn is F.cross_entropy or isinstance(loss_fn, nn.CrossEntropyLoss)
         if self.classifies:
             validation.class_labels(y, x)
@@ -55,7 +56,7 @@ class Preparation:
         if self.look_at_values:
             validation.image_values(x, lo, hi)
         self._check_labels(self.passes.logits)
-        self.guard = NonFiniteGuard(model, on_nonfinite)
+        self.guard = NonFiniteGuard(model, self.trained_loss, on_nonfinite)
 
     def start(self, init: str | Tensor, project: bool) -> Tensor:
         """eta_0, laid out as x."""

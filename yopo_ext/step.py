@@ -145,7 +145,7 @@ def yopo_step(
                     **where,
                 )
             else:
-                with frozen_parameters(model):
+                with frozen_parameters(model), frozen_parameters(step.trained_loss):
                     result = step.passes.run(
                         eta, step.objective, gradient_before=False, gradient_after=False, synchronise=False, more=True
                     )
@@ -156,7 +156,6 @@ def yopo_step(
                     break
                 if after_pass is not None:
                     after_pass(j)
-                    torch.clear_autocast_cache()  # else the next pass would run on the weights before the update
                     if not last:
                         step.guard.remember()
     losses += [torch.full_like(losses[0], math.nan)] * (outer_steps - len(losses))
