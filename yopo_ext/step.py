@@ -86,6 +86,7 @@ def yopo_step(
         first_layer: a submodule or its dotted name: a convolution, a Sequential of [normalisation,] convolution
             [, BatchNorm2d] [, activation], or any other module (through autograd, slower, said once). None: the one
             that a timm model declares, or else the first Conv2d or Linear that is executed on the input.
+            What normalises the input before it is found in the first step, and taken as constants from then on.
         loss_fn: `loss_fn(model output, y)` -> scalar, to be lowered by the weights and raised by eta.
         outer_steps, inner_steps: m >= 1, n >= 1.
         eps, step_size: radius of the ball and length of an inner step, >= 0, in the units of x; numbers or [C] (L2:
