@@ -99,8 +99,9 @@ class Passes:
         self.allow_tf32 = resolve_allow_tf32(None)
         self.carry = Carry()
         self.base = list(layers.unwrapped(model))[-1]
-        self.surroundings = tuple(map(id, self.base.modules()))
-        self.interposition = self._lookup()
+        modules = list(self.base.modules())
+        self.surroundings = tuple(map(id, modules))
+        self.interposition = self._lookup(modules)
         if isinstance(self.interposition, Interposition):
             self.interposition.check_channels(x)
 
@@ -124,10 +125,10 @@ class Passes:
     def _key(self) -> Any:
         return id(self.first_layer) if isinstance(self.first_layer, nn.Module) else self.first_layer
 
-    def _lookup(self) -> Interposition | Discovery:
+    def _lookup(self, modules: list[nn.Module]) -> Interposition | Discovery:
         """The interposition of a known first layer, a new one for a layer that is named, or else a discovery."""
         known = _known.setdefault(self.model, {})
-        present = set(self.base.modules())
+        present = set(modules)
         for key in [key for key, other in known.items() if other.layer not in present]:
             del known[key]
         layer = (

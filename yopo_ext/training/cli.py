@@ -104,7 +104,7 @@ def _train(given: Namespace) -> Job:
         print(
             f"{method.spec}: {result.seconds:.1f} s of training, {result.updates} updates, cost {method.cost()} units"
         )
-        found = dict(result.validation)
+        found = result.validation
         accuracies = ", ".join(
             f"{name.removeprefix('validation_')} {found[name]:.2f} %" for name in found if name != "epoch"
         )
