@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops, validation
+from .compilation import constant_when_compiled
 from .constants import NORMS
 from .eligibility import choose, describe
 from .validation import Constants
@@ -27,7 +28,7 @@ class FirstLayerUpdate(NamedTuple):
     grad_shift: Tensor | None  # [K]
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot read the setting; a compiled graph keeps what it was compiled with
+@constant_when_compiled  # Dynamo cannot read the setting; a compiled graph keeps what it was compiled with
 def resolve_allow_tf32(allow_tf32: bool | None) -> bool:
     """None follows PyTorch's own setting for fp32 convolutions."""
     if allow_tf32 is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compilation import not_traced
 from .constants import ACTIVATIONS
 from .node import normalised, per_channel, threat_constants, update
 
@@ -203,7 +204,7 @@ class OpaqueNode(torch.autograd.Function):
         return None, new_eta, None, *(g if isinstance(g, Tensor) else None for g in returned)
 
 
-@torch.compiler.disable
+@not_traced
 def opaque_node(layer: Opaque, eta: Tensor, x: Tensor) -> Tensor:
     """The node of an opaque layer; the model around it is cut here when it is compiled."""
     return OpaqueNode.apply(layer, eta, x, *layer.module.parameters())

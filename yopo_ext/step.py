@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validation
+from .compilation import not_traced
 from .modes import evaluating, frozen_parameters
 from .passes import restored_buffers_on_error, unsynchronised
 from .preparation import LossFunction, Preparation
@@ -34,15 +35,7 @@ class StepResult(NamedTuple):
     perturbation: Tensor
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _not_traced(step: Function) -> Function:
-    """A step inside a compiled function is a graph break; a model that is compiled itself stays so inside it."""
-    return torch.compiler.disable(step)
-
-
-@_not_traced
+@not_traced  # in a compiled function a graph break; a model that is compiled itself stays so inside a step
 def yopo_step(
     model: nn.Module,
     x: Tensor,
@@ -163,7 +156,7 @@ def yopo_step(
     return StepResult(result.loss, torch.stack(losses), result.output, eta)
 
 
-@_not_traced
+@not_traced
 def trades_yopo_step(
     model: nn.Module,
     x: Tensor,
