@@ -4,6 +4,9 @@ A contraction of N rounded products may be off by ROUNDING * sqrt(N) * eps * (th
 plus what two extra roundings of its inputs cost. A sign may only differ where |g| is below that bound, or where a
 pre-activation in the pixel's receptive field is within its bound of a kink (there the true slope is ambiguous). The ball
 and the box are exact.
+
+What is computed in low precision as a whole (a step, under autocast or in fp32) follows one rule, `assert_as_exact_as_plain`:
+no number for it is guessed on one machine.
 """
 
 from __future__ import annotations
@@ -117,6 +120,20 @@ def assert_within(name: str, actual: Tensor, expected: Tensor, bound: Tensor) ->
         )
 
 
+def assert_as_exact_as_plain(name: str, ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """|ours - exact| <= 2 |plain - exact| + ROUNDING eps(dtype) |exact| in the Euclidean norm.
+
+    Args:
+        ours, plain: the same computation by the package and in plain PyTorch, both of precision `dtype`.
+        exact: the computation in fp64, on the same (rounded) inputs.
+    """
+    error, unavoidable = ((t.double() - exact).norm().item() for t in (ours, plain))
+    allowed = 2 * unavoidable + ROUNDING * torch.finfo(dtype).eps * exact.norm().item()
+    assert error <= allowed, (
+        f"{name}: off by {error:.3g}; plain PyTorch is off by {unavoidable:.3g}, allowed {allowed:.3g}"
+    )
+
+
 def assert_in_ball_and_box(arguments: tuple, eta: Tensor) -> None:
     """The L-inf ball exactly in the compute dtype (L2: to rounding), the box to one rounding of x + eta."""
     a = as_dict(arguments)
@@ -135,15 +152,16 @@ def assert_in_ball_and_box(arguments: tuple, eta: Tensor) -> None:
     assert ((eta >= lower) & (eta <= upper)).all(), "eta leaves the box"
 
 
-def check_update(update, arguments: tuple) -> tuple[Tensor, ...]:
+def check_update(update, arguments: tuple, eps: float | None = None) -> tuple[Tensor, ...]:
     """Run `update` (the operator on some backend) on these arguments and hold all its results against the oracle.
 
     One step is compared with the oracle's step; n steps are compared with n one-step calls of the same backend, bit by bit.
+    `eps` is the machine epsilon of the products' operands: by default x's, larger where they may be rounded (TF32).
     """
     a = as_dict(arguments)
     results = update(*arguments)
     x, eta, costate = a["x"], a["eta"], a["costate"]
-    eps = max(torch.finfo(x.dtype).eps, 0.0)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
     assert results[0].shape == x.shape
     assert results[0].dtype == x.dtype
     if a["steps"] == 0:

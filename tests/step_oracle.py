@@ -57,6 +57,7 @@ def frozen(first: nn.Module, u: Tensor) -> nn.Module:
 
             def keep(bn: nn.Module, inputs: tuple[Tensor]) -> None:
                 z = inputs[0].detach()
+                z = z if z.dtype == torch.float64 else z.float()  # the statistics of a bf16 layer are fp32
                 bn.running_var, bn.running_mean = torch.var_mean(z, (0, 2, 3), correction=0)
                 bn.track_running_stats = True
                 bn.eval()

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from step_oracle import batch, network
+from policy import assert_as_exact_as_plain
+from step_oracle import batch, network, oracle_step
 from torch import Tensor, nn
 
 from yopo_ext import adversary_steps, batch_norm_node, node, trades_yopo_step, yopo_step
@@ -263,17 +264,26 @@ def test_automatic_first_layer_of_a_compiled_model() -> None:
 
 
 def test_autocast_in_a_compiled_model() -> None:
-    eager = network(STEMS["conv_bn_relu"], dtype=torch.float32)
-    model = copy.deepcopy(eager)
+    """The second step, which is the first that runs compiled."""
+    plain = network(STEMS["conv_bn_relu"], dtype=torch.float32)
+    model, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16):
-        for _ in range(2):
-            results = [step(m, torch.float32, outer_steps=2) for m in (compiled, eager)]
-    assert results[0].logits.dtype == torch.bfloat16
-    assert (results[0].perturbation == results[1].perturbation).float().mean() > 0.95
-    for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+    x, y, eta = batch(torch.float32)
+    options = {"m": 2, "n": 3, "eps": EPS, "step_size": SIGMA, "gradient": "paper", "scale": 0.5}
+    for _ in range(2):
+        for network_ in (model, plain, exact):
+            network_.zero_grad()
+        oracle, _ = oracle_step(exact, x.double(), y, eta.double(), **options)
+        with torch.autocast("cpu", torch.bfloat16):
+            perturbation, _ = oracle_step(plain, x, y, eta, **options)
+            result = step(compiled, torch.float32, outer_steps=2)
+    assert result.logits.dtype == torch.bfloat16
+    assert_as_exact_as_plain("eta", result.perturbation, perturbation, oracle, torch.bfloat16)
+    for (name, mine), theirs, true in zip(
+        model.named_parameters(), plain.parameters(), exact.parameters(), strict=True
+    ):
         assert mine.grad.dtype == torch.float32
-        assert (mine.grad - theirs.grad).norm() <= 0.05 * theirs.grad.norm() + 1e-3
+        assert_as_exact_as_plain(name, mine.grad, theirs.grad, true.grad, torch.bfloat16)
 
 
 def test_inductor() -> None:

@@ -6,7 +6,7 @@ import backend
 import pytest
 import torch
 from cases import LAYOUTS, make_arguments
-from policy import NAMES, as_dict, check_update
+from policy import as_dict, check_update
 from variants import AFFINE_PARTS, VARIANTS
 
 from yopo_ext import ops
@@ -79,12 +79,8 @@ def test_patches_only_what_was_asked_for(update, wanted):
 
 def test_patches_in_bf16_products(update):
     a = as_dict(make_arguments(**PATCHES, costate_dtype=torch.bfloat16, **AFFINE_PARTS))
-    exact, rounded = update(*a.values()), update(*{**a, "allow_tf32": True}.values())
-    assert (exact[0] == rounded[0]).double().mean() > 0.97
-    for name, first, second in zip(NAMES[1:], exact[1:], rounded[1:], strict=True):
-        scale = first.double().abs().max()
-        assert (first.double() - second.double()).abs().max() < 2e-2 * scale, name
-    assert not torch.equal(exact[2], rounded[2])
+    rounded = check_update(update, tuple({**a, "allow_tf32": True}.values()), eps=torch.finfo(torch.bfloat16).eps)
+    assert not torch.equal(update(*a.values())[2], rounded[2])
 
 
 def test_patches_with_many_channels(update):
