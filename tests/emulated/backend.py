@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
-import os
-import shutil
-import subprocess
 import sys
 import sysconfig
 from contextlib import contextmanager
-from pathlib import Path
 
+import binaries
 import torch
 from policy import as_dict
 
@@ -23,43 +19,19 @@ ARCHITECTURES = {
     "sm_80": (163, 164), "sm_86": (99, 100), "sm_89": (99, 100), "sm_90": (227, 228), "sm_100": (227, 228),
     "sm_120": (99, 100),
 }  # fmt: skip
-ROOT = Path(__file__).parents[2]
-BUILD = Path(os.environ.get("YOPO_EMULATED_DIR", ROOT / "build" / "emulated"))
-
-
-def build(target: str = "_emulated") -> str | None:
-    """Compile the kernels for the CPU (half a minute; nothing if they are up to date). Returns why it could not."""
-    tools = {
-        name: shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-        for name in ("cmake", "ninja")
-    }
-    for name, path in tools.items():
-        if path is None:
-            return f"{name} was not found"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / ".lock", "w") as lock:  # one build at a time, whatever the number of test processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        configure = [tools["cmake"], "-S", ROOT / "csrc" / "testing", "-B", BUILD, "-G", "Ninja",
-                     f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}", f"-DPython3_EXECUTABLE={sys.executable}",
-                     f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
-        for command in (configure, [tools["cmake"], "--build", BUILD, "--target", target]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                return f"{' '.join(map(str, command))} failed:\n{(done.stdout + done.stderr)[-3000:]}"
-    return None
+LIBRARY = binaries.EMULATED / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def _load():
-    path = BUILD / f"_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    spec = importlib.util.spec_from_file_location("_emulated", path)
+    spec = importlib.util.spec_from_file_location("_emulated", LIBRARY)
     module = importlib.util.module_from_spec(spec)
     sys.modules["_emulated"] = module
     spec.loader.exec_module(module)
     return module
 
 
-why_missing = "no C++ compiler was found" if not any(map(shutil.which, ("c++", "g++", "clang++"))) else build()
-native = None if why_missing else _load()
+# Importing this file compiles nothing: tests/conftest.py has.
+native = _load() if LIBRARY.exists() else None
 
 
 def set_architecture(name: str, processors: int = 3) -> None:

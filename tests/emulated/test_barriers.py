@@ -6,6 +6,7 @@ import re
 import subprocess
 
 import backend
+import binaries
 import pytest
 
 # barrier -> cases (of csrc/testing/race_check.cpp) in which its absence is a race
@@ -19,14 +20,15 @@ RACE = 66  # ThreadSanitizer's exit code
 
 @pytest.fixture(scope="module")
 def race_check():
-    problem = backend.build("emulated_race_check")
-    if problem is not None:
-        if "tsan" in problem.lower() and "cannot find" in problem:
+    try:
+        binaries.build_emulated("emulated_race_check")
+    except RuntimeError as problem:
+        if "tsan" in str(problem).lower() and "cannot find" in str(problem):
             pytest.skip("this compiler has no ThreadSanitizer runtime")
-        pytest.fail(problem)
+        raise
 
     def run(case: str, schedule: int, removed: int) -> subprocess.CompletedProcess:
-        command = [str(backend.BUILD / "emulated_race_check"), case, str(schedule), str(removed)]
+        command = [str(binaries.EMULATED / "emulated_race_check"), case, str(schedule), str(removed)]
         done = subprocess.run(command, capture_output=True, text=True, env={"TSAN_OPTIONS": "halt_on_error=1"})
         if "unexpected memory mapping" in done.stderr:
             pytest.skip("ThreadSanitizer does not run on this kernel's address-space layout")
@@ -36,7 +38,7 @@ def race_check():
 
 
 def test_every_barrier_is_listed():
-    source = "".join(p.read_text() for p in (backend.ROOT / "csrc" / "cuda").glob("*.h"))
+    source = "".join(p.read_text() for p in (binaries.ROOT / "csrc" / "cuda").glob("*.h"))
     numbers = [int(n) for n in re.findall(r"\bsync<(\d+)>", source)]
     assert sorted(numbers) == sorted(set(numbers)), "two barriers share a number"
     assert set(numbers) == set(BARRIERS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import backend
+import binaries
 import pytest
 import torch
 from cases import LAYOUTS, make_arguments
@@ -16,12 +16,11 @@ PATCHES = {"kernels": 24, "size": (17, 12), "kernel": (4, 4), "stride": (4, 4), 
 
 @pytest.fixture(scope="module")
 def operators():
-    problem = backend.build("emulated_glue")
-    assert problem is None, problem
+    binaries.build_emulated("emulated_glue")
     library = torch.library.Library("yopo_ext_emulated", "DEF")
     library.define("first_layer_update" + ops.SCHEMA)
     library.define("first_layer_variant" + ops.VARIANT_SCHEMA)
-    torch.ops.load_library(str(backend.BUILD / "libemulated_glue.so"))
+    torch.ops.load_library(str(binaries.EMULATED / "libemulated_glue.so"))
     yield torch.ops.yopo_ext_emulated
     library._destroy()
 

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
-from backend import ARCHITECTURES, ROOT, describe, machine, native
+from backend import ARCHITECTURES, describe, machine, native
+from binaries import ROOT
 from cases import make_arguments
 
 STEMS = {
