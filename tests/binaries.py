@@ -19,14 +19,14 @@ EMULATED = Path(os.environ.get("YOPO_EMULATED_DIR", ROOT / "build" / "emulated")
 SANITIZERS = ("address,undefined", "thread")
 
 
-class NoTools(RuntimeError):
+class NoToolsError(RuntimeError):
     """Nothing can be compiled on this machine: a reason to skip, where a failed build is a defect."""
 
 
 def _tool(name: str) -> str:
     path = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
     if path is None:
-        raise NoTools(f"{name} was not found")
+        raise NoToolsError(f"{name} was not found")
     return path
 
 
@@ -41,12 +41,12 @@ def _build(source: Path, folder: Path, options: list[str], targets: tuple[str, .
     """CMake and Ninja; nothing if all is up to date. One build at a time, whatever the number of test processes.
 
     Raises:
-        NoTools: CMake, Ninja or a C++ compiler is missing.
+        NoToolsError: CMake, Ninja or a C++ compiler is missing.
         RuntimeError: the build failed; with the end of what it printed.
     """
     cmake, ninja = _tool("cmake"), _tool("ninja")
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise NoTools("no C++ compiler was found")
+        raise NoToolsError("no C++ compiler was found")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -82,5 +82,5 @@ if __name__ == "__main__":
         build_emulated("_emulated", "emulated_glue", "emulated_race_check")
         for sanitizer in SANITIZERS:
             build_sanitized(sanitizer)
-    except NoTools as reason:
+    except NoToolsError as reason:
         print(f"tests: not built, the tests that need them are skipped ({reason})")

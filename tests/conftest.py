@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import binaries
 _ISA = "-".join(os.environ.get(name, "native") for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"))
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(binaries.ROOT / "build" / "inductor" / _ISA))
 
-import torch
+import torch  # noqa: E402  (reads the setting)
 
-torch.set_num_threads(1)  # tensors here are tiny; waiting threads would cost more than they do
+# Tensors here are tiny; waiting threads would cost more than they do.
+torch.set_num_threads(int(os.environ.get("YOPO_TEST_THREADS", "1")))
 EMULATED = Path(__file__).parent / "emulated"
 
 
@@ -27,7 +29,33 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     try:
         binaries.build_emulated()
-    except binaries.NoTools:
+    except binaries.NoToolsError:
         pass  # tests/emulated/conftest.py skips its tests and says why
     except RuntimeError as problem:
         raise pytest.UsageError(f"the emulated CUDA kernels could not be built: {problem}") from None
+
+
+def pytest_report_header() -> list[str]:
+    from yopo_ext import ops
+
+    return [f"torch {torch.__version__}, CPU kernels: {ops.native_status.why_not_cpu or 'native'}", *_shuffled()]
+
+
+def _shuffled() -> list[str]:
+    seed = os.environ.get("YOPO_TEST_SHUFFLE")
+    return [f"random order: YOPO_TEST_SHUFFLE={seed}"] if seed else []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Random order, the same in every process, file by file: fixtures of a module are made once."""
+    seed = os.environ.get("YOPO_TEST_SHUFFLE")
+    if not seed:
+        return
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    generator, groups = random.Random(seed), list(files.values())
+    generator.shuffle(groups)
+    for group in groups:
+        generator.shuffle(group)
+    items[:] = [item for group in groups for item in group]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -10,49 +11,73 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import LAYOUTS, cases, make_arguments
+from hypothesis import given, settings
+from instruction_sets import NEEDED, supported
+from policy import check_update
+from processes import call
+from test_operation import STEMS
 
 from yopo_ext import ops
+from yopo_ext.constants import NORMS
 
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(not ops.native_status.cpu, reason=str(ops.native_status.why_not_cpu))
 
 
-def run_operation_tests(keyword: str, **environment: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_operation.py",
-        "-k",
-        keyword,
-    ]
-    environment = {**os.environ, "YOPO_TEST_EXAMPLES": "20", **environment}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    assert re.search(r"\d+ passed", run.stdout)
+def check_instruction_set() -> str:
+    """The operator's stems and random geometries against the oracle; the instruction set that ran."""
+    for stem, norm, layout in itertools.product(STEMS.values(), NORMS, LAYOUTS):
+        arguments = make_arguments(**stem, steps=3, norm=norm, x_layout=layout, costate_layout=layout)
+        check_update(ops.first_layer_update, arguments)
+
+    @settings(max_examples=20, deadline=None, database=None)
+    @given(case=cases())
+    def any_geometry(case) -> None:
+        check_update(ops.first_layer_update, make_arguments(**case))
+
+    any_geometry()
+    return ops.first_layer_variant(*make_arguments())
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
-def test_every_instruction_set(isa):
-    run_operation_tests("native and (stems or geometry)", YOPO_EXT_ISA=isa)
+@pytest.mark.parametrize("isa", NEEDED)
+def test_every_instruction_set(isa, tmp_path):
+    """The set is chosen in a process' first call; an unknown or unsupported one falls back, so the test asks which ran."""
+    if not supported(isa):
+        pytest.skip(f"this processor has no {isa}")
+    assert call(check_instruction_set, folder=tmp_path, environment={"YOPO_EXT_ISA": isa}) == isa
+
+
+@needs_native
+def test_this_process_runs_the_set_that_was_asked_for():
+    """Without YOPO_EXT_ISA the widest of the processor; a suite run under YOPO_EXT_ISA must not test another set."""
+    widest = next(isa for isa in NEEDED if supported(isa))
+    assert ops.first_layer_variant(*make_arguments()) == os.environ.get("YOPO_EXT_ISA", widest)
 
 
 def test_without_native_libraries_everything_still_works():
-    run_operation_tests("reference and stems", YOPO_EXT_NATIVE="0")
+    """A new process, for the libraries are loaded by the import."""
     code = (
-        "import warnings\n"
+        "import sys, warnings\n"
+        f"sys.path[:0] = {[str(ROOT / 'tests')]!r}\n"
         "with warnings.catch_warnings(record=True) as seen:\n"
         "    warnings.simplefilter('always')\n"
         "    import yopo_ext\n"
         "assert [str(w.message) for w in seen if 'YOPO_EXT_NATIVE is 0' in str(w.message)], seen\n"
         "assert not yopo_ext.build_info()['cpu_kernels']\n"
+        "from cases import make_arguments\n"
+        "from policy import check_update\n"
+        "from test_operation import STEMS\n"
+        "for stem in STEMS.values():\n"
+        "    for norm in ('linf', 'l2'):\n"
+        "        check_update(yopo_ext.ops.first_layer_update_reference, make_arguments(**stem, steps=3, norm=norm))\n"
+        "a = make_arguments(steps=1)\n"
+        "yopo_ext.adversary_steps(*a[:4], padding=1, eps=0.1, step_size=0.02)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "YOPO_EXT_NATIVE": "0"})
+    environment = {**os.environ, "YOPO_EXT_NATIVE": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_native

@@ -19,7 +19,7 @@ def test_cpu_kernels(sanitizer, isa):
         pytest.skip(f"this processor has no {isa}")
     try:
         program = binaries.build_sanitized(sanitizer)
-    except binaries.NoTools as reason:
+    except binaries.NoToolsError as reason:
         pytest.skip(str(reason))
     run = subprocess.run([program], capture_output=True, text=True, env={**os.environ, "YOPO_EXT_ISA": isa})
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from policy import assert_as_exact_as_plain
+from processes import run_ranks
 from step_oracle import Network, batch, network, oracle_step
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -147,11 +145,10 @@ def check_fabric(rank: int) -> dict[str, object]:
         from lightning.fabric.strategies import DDPStrategy
     except ModuleNotFoundError:
         return {}
-    os.environ["NODE_RANK"] = str(rank)
     found: dict[str, object] = {}
     for precision in ("64-true", "bf16-mixed"):
         strategy = DDPStrategy(process_group_backend="gloo")
-        fabric = Fabric(accelerator="cpu", devices=1, num_nodes=2, strategy=strategy, precision=precision)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, precision=precision)
         fabric.launch()
         model = without_batch_norm("conv")
         if precision != "64-true":
@@ -179,10 +176,9 @@ def check_fabric(rank: int) -> dict[str, object]:
 CHECKS = (check_plain, check_compiled, check_sharded, check_batch_norm, check_nonfinite, check_fabric)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0")
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def worker(folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     torch.save({check.__name__: check(rank) for check in CHECKS}, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -191,10 +187,8 @@ def worker(rank: int, port: int, folder: str) -> None:
 def processes(tmp_path_factory) -> list[dict]:
     """What two processes found in every check."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, str(folder)), nprocs=2)
+    log = folder / "log"
+    assert run_ranks(worker, str(folder), log=log) == [0, 0], log.read_text()
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

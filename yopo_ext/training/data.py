@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -111,15 +110,6 @@ class PerSample:
         if batch.placement is not None:
             values = batch.placement.undo(values, self.values[batch.index])
         self.values[batch.index] = values
-
-
-class Source(Protocol):
-    """Where training batches come from."""
-
-    batches: int  # per epoch and process
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of this epoch from position `start` on: the same ones whenever they are asked for."""
 
 
 class SplitSource:
