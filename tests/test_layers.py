@@ -48,17 +48,37 @@ def test_includes(path):
             assert cuda_allowed, f"{path.name} includes CUDA's {header}"
 
 
-# module -> what of the package it may import; training knows the public names only
-PYTHON_CORE = {
+# The core's ladder, bottom first: module -> the modules of the package that it imports. Training knows the public names.
+PYTHON_CORE: dict[str, set[str]] = {
+    # facts and settings
     "_version": set(),
     "constants": set(),
-    "_native": {"_version"},
+    "compilation": set(),
     "modes": set(),
+    "normalisation": set(),
+    # the operator and its functions
+    "_native": {"_version"},
     "reference": {"constants"},
     "validation": {"constants"},
     "ops": {"_native", "reference"},
+    "build": {"_version", "constants", "ops", "validation"},
     "eligibility": {"constants", "ops"},
-    "functional": {"constants", "eligibility", "ops", "validation"},
+    "functional": {"compilation", "constants", "eligibility", "ops", "validation"},
+    # the first layer as an autograd node
+    "node": {"eligibility", "ops", "reference", "validation"},
+    "batch_norm_node": {"node", "reference"},
+    "opaque": {"compilation", "constants", "node"},
+    "first_layer": {"constants", "normalisation"},
+    "interposition": {"batch_norm_node", "first_layer", "node", "normalisation", "opaque"},
+    # steps and attacks
+    "attacks": {"modes", "reference", "validation"},
+    "passes": {"first_layer", "functional", "interposition", "node", "normalisation"},
+    "guard": {"passes"},
+    "preparation": {"attacks", "constants", "guard", "node", "normalisation", "passes", "validation"},
+    "step": {"compilation", "modes", "passes", "preparation", "validation"},
+    # what a user sees
+    "__init__": {"_version", "build", "functional", "step"},
+    "__main__": set(),
 }
 
 
@@ -90,8 +110,16 @@ def test_core_imports(path):
     assert foreign <= standard | {"torch", "yopo_ext"}, (
         f"the core depends on torch alone; {path.name} imports {foreign - standard}"
     )
-    if path.stem in PYTHON_CORE:
-        assert own <= PYTHON_CORE[path.stem], f"{path.name} must not know {own - PYTHON_CORE[path.stem]}"
+    assert path.stem in PYTHON_CORE, f"{path.name} has no rule: add it to PYTHON_CORE with what it may import"
+    assert own <= PYTHON_CORE[path.stem], f"{path.name} must not know {own - PYTHON_CORE[path.stem]}"
+
+
+def test_the_ladder_has_no_loop_and_no_rule_without_a_module():
+    below: set[str] = set()
+    for module, known in PYTHON_CORE.items():
+        assert known <= below, f"{module} must stand below {known - below}, not above"
+        below.add(module)
+    assert below == {path.stem for path in (ROOT / "yopo_ext").glob("*.py")}
 
 
 def test_no_file_outgrows_its_role():
