@@ -6,27 +6,50 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := $(shell find csrc yopo_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name 'CMakeLists.txt' -o -name '*.in')
-.PHONY: demo test lint bench test-gpu bench-gpu bench-training-gpu build-gpu clean env build
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+.PHONY: demo test lint bench bench-digits test-gpu bench-gpu bench-training-gpu build-gpu clean env build FORCE
+.NOTPARALLEL:  # every step uses all cores by itself
 
-env: $(VENV)/.environment
+env: $(VENV)/.dev
 build: $(VENV)/.build
 
-# CXX and friends are read by CMake; torch goes in first because the native build takes its headers.
-$(VENV)/.environment: constraints.txt pyproject.toml
+# Three sets of packages, each installed once: for the build, for the command line, for tests and linters.
+# torch goes in first because the native build takes its headers.
+$(VENV)/.tools: constraints.txt
+	@echo "== Installing PyTorch and the build tools into $(VENV): about 250 MB to download, usually 1 to 3 minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0 setuptools wheel cmake ninja
-	$(BIN)/python scripts/requirements.py train dev > $(VENV)/requirements.txt
-	$(PIP) -r $(VENV)/requirements.txt
-	touch $@
+	@touch $@
 
-$(VENV)/.build: $(VENV)/.environment CMakeLists.txt setup.py $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
-	touch $@
+$(VENV)/.train: $(VENV)/.tools pyproject.toml
+	@echo "== Installing the packages that training needs: about 100 MB to download, usually half a minute"
+	$(BIN)/python scripts/requirements.py train > $(VENV)/requirements-train.txt
+	$(PIP) -r $(VENV)/requirements-train.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	@echo "== Installing the packages that tests and linters need: about 200 MB to download, usually half a minute"
+	$(BIN)/python scripts/requirements.py dev > $(VENV)/requirements-dev.txt
+	$(PIP) -r $(VENV)/requirements-dev.txt
+	@touch $@
+
+# The package and its command point into this folder. The kernels come from the next rule, whose output pip would hide.
+$(VENV)/.linked: $(VENV)/.train setup.py
+	@echo "== Installing yopo_ext as a link to this folder: usually 5 seconds"
+	YOPO_EXT_BUILD_NATIVE=0 $(PIP) --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# Runs every time: CMake notices changed sources, another YOPO_CUDA or CXX, and a GPU that was not there before.
+$(VENV)/.build: $(VENV)/.linked FORCE
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Beside the rules below, which say what these commands do.
+test lint: $(VENV)/.dev
 
 demo: $(VENV)/.build
-	$(BIN)/yopo-ext compare --out runs/demo --resume auto
+	@echo "== Training and attacking six models on the digits of scikit-learn: usually 2 minutes"
+	$(BIN)/yopo-ext compare --seeds 0 --out runs/demo --resume auto
 
 test: $(VENV)/.build
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
@@ -57,9 +80,9 @@ bench-training-gpu: build-gpu
 	cp $(RUN)/comparison.json benchmarks/results/cifar10_comparison.json
 	$(PYTHON) scripts/readme.py
 
-lint: $(VENV)/.environment
+lint:
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
-	rm -rf build dist *.egg-info yopo_ext/lib
+	rm -rf build dist *.egg-info yopo_ext/lib $(VENV)/.build
