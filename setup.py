@@ -75,7 +75,9 @@ class CMakeBuild(build_ext):
         jobs = int(os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or cores())
         info = json.loads((build / "build_info.json").read_text())
         targets = [t for t in info["cuda_architectures"].split(";") if t]
-        say(f"compiling what has changed, {jobs} files at a time; everything usually takes {usual_time(len(targets), jobs)}")
+        say(
+            f"compiling what has changed, {jobs} files at a time; everything usually takes {usual_time(len(targets), jobs)}"
+        )
         subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs)], check=True)
         prefix = target / "yopo_ext" / "lib"
         subprocess.run([cmake, "--install", str(build), "--prefix", str(prefix), "--strip"], check=True)
