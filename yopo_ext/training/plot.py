@@ -12,7 +12,7 @@ from yopo_ext.training.report import Row
 if TYPE_CHECKING:
     from matplotlib.transforms import Bbox
 
-DISTANCES = (10, 22, 34, 46, 58, 70, 90, 110, 130, 150)  # of a name from its point, in points
+DISTANCES = tuple(range(10, 300, 12))  # of a name from its point, in points
 MARKER = 5.0  # radius around a point that names keep clear, in points
 
 
@@ -47,7 +47,8 @@ def save_plot(rows: Sequence[Row], path: Path, title: str) -> None:
     axes.set_title(
         f"{title}, {rows[0].images} test images, mean of {len(rows[0].seeds)} seed{'s'[: len(rows[0].seeds) - 1]}"
     )
-    axes.grid(alpha=0.3)
+    axes.tick_params(which="both", length=3.5)
+    axes.grid(alpha=0.3, which="both")
     _name(axes, [row.method for row in rows], list(zip(seconds, accuracy, strict=True)))
     figure.savefig(path)
 
@@ -61,42 +62,48 @@ def _name(axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]]
     scale = figure.dpi / 72.0
     centres = axes.transData.transform(points)
     taken: list[Bbox] = [Bbox.from_extents(*(c - MARKER * scale), *(c + MARKER * scale)) for c in centres]
+    frame = axes.bbox
     for number in sorted(range(len(names)), key=lambda n: points[n]):
-        best: tuple[float, Any, list[Bbox]] | None = None
-        for dx, dy, align in _places():
-            text = axes.annotate(
-                names[number],
-                points[number],
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=align,
-                va="center",
-                fontsize=8,
-                color=f"C{number % 10}",
-                arrowprops={
-                    "arrowstyle": "-",
-                    "color": f"C{number % 10}",
-                    "alpha": 0.6,
-                    "linewidth": 0.8,
-                    "shrinkB": 4,
-                },
-            )
-            box = text.get_window_extent()
-            text.arrow_patch.set_visible(abs(dy) > DISTANCES[0] or align == "center")
-            line = _along(centres[number], (centres[number][0] + dx * scale, centres[number][1] + dy * scale))
+        style = {"fontsize": 8, "color": f"C{number % 10}"}
+        probe = axes.text(*points[number], names[number], **style)
+        size = probe.get_window_extent()
+        probe.remove()
+        best: tuple[int, tuple[float, float, str], list[Bbox]] | None = None
+        for place in _places():
+            dx, dy, align = place
+            x, y = centres[number][0] + dx * scale, centres[number][1] + dy * scale
+            left = x - {"left": 0.0, "center": 0.5, "right": 1.0}[align] * size.width
+            box = Bbox.from_bounds(left, y - size.height / 2, size.width, size.height)
+            line = _along(centres[number], (x, y)) if dy else []
+            outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
             hidden = sum(box.overlaps(other) for other in taken)
             crossed = sum(other.overlaps(spot) for other in taken[len(points) :] for spot in line)
-            outside = not (axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1))
-            outside |= not (axes.bbox.containsy(box.y0) and axes.bbox.containsy(box.y1))
-            cost = 1000.0 * (hidden + outside) + 100.0 * bool(crossed) + abs(dx) + abs(dy)
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (cost, text, [box, *line])
-            else:
-                text.remove()
+            faults = 1000 * outside + 100 * hidden + crossed
+            if best is None or faults < best[0]:
+                best = (faults, place, [box, *line])
+            if faults == 0:  # the places come nearest first
+                break
         assert best is not None
-        taken += best[2]
+        _, (dx, dy, align), boxes = best
+        line_style = {
+            "arrowstyle": "-",
+            "color": style["color"],
+            "alpha": 0.6,
+            "linewidth": 0.8,
+            "shrinkA": 0,
+            "shrinkB": 4,
+        }
+        axes.annotate(
+            names[number],
+            points[number],
+            xytext=(dx, dy),
+            textcoords="offset points",
+            ha=align,
+            va="center",
+            arrowprops=line_style if dy else None,
+            **style,
+        )
+        taken += boxes
 
 
 def _places() -> Iterator[tuple[float, float, str]]:
