@@ -1,8 +1,8 @@
-# make demo   environment, build, and the comparison of natural, PGD and YOPO training on real digits
-# make test   environment, build, tests (at most 5 minutes on 2 cores); compiles no CUDA unless YOPO_CUDA says so
+# make demo   what training needs, the kernels, and the comparison of natural, PGD, FGSM and YOPO training on real digits
+# make test   what testing needs, the kernels, tests (aim: 5 minutes on 2 cores); compiles no CUDA unless YOPO_CUDA says so
 # make test TORCH=2.15.0   the same on another torch, in an environment of its own
 # make test-long   what takes longer (at most 40 minutes): slow tests, other instruction sets, thread counts and orders, CUDA
-# make bench  environment, build, the CPU benchmarks (within 10 minutes), the README's tables
+# make bench  the CPU benchmarks (within 10 minutes), the README's tables; make bench-digits: the README's comparison
 # make test-gpu, make bench-gpu   on a machine with an NVIDIA GPU, nvcc and torch in $(PYTHON); nothing is fetched
 # make lint | clean
 PYTHON ?= python3
@@ -12,29 +12,52 @@ OTHER := $(filter-out $(PINNED_TORCH),$(TORCH))# empty: the torch that everythin
 VENV ?= .venv$(if $(OTHER),-torch-$(TORCH))
 BIN := $(VENV)/bin
 CONSTRAINTS := $(if $(OTHER),$(VENV)/constraints.txt,constraints.txt)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
-SOURCES := $(shell find csrc yopo_ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py' -o -name 'CMakeLists.txt' -o -name '*.in')
-.PHONY: demo test test-long test-binaries test-core lint bench test-gpu bench-gpu bench-training-gpu build-gpu clean env build
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
+.PHONY: demo test test-long test-binaries test-core lint bench bench-digits test-gpu bench-gpu bench-training-gpu build-gpu clean env build FORCE
+.NOTPARALLEL:  # every step uses all cores by itself
 
-env: $(VENV)/.environment
+env: $(VENV)/.dev
 build: $(VENV)/.build
 
-# CXX and friends are read by CMake; torch goes in first because the native build takes its headers.
-$(VENV)/.environment: constraints.txt pyproject.toml
+# Three sets of packages, each installed once: for the build, for the command line, for tests and linters.
+# torch goes in first because the native build takes its headers.
+$(VENV)/.tools: constraints.txt
+	@echo "== Installing PyTorch and the build tools into $(VENV): about 250 MB to download, usually 1 to 3 minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(OTHER),sed -e 's/^torch==.*/torch==$(TORCH)/' -e '/^torchvision==/d' constraints.txt > $(CONSTRAINTS))
 	$(PIP) torch==$(TORCH) setuptools wheel cmake ninja
-	$(BIN)/python scripts/requirements.py train dev > $(VENV)/requirements.txt
-	$(PIP) -r $(VENV)/requirements.txt
-	touch $@
+	@touch $@
 
-# Another torch gets the libraries that were built with the pinned one, as the wheel's users do.
-$(VENV)/.build: $(VENV)/.environment CMakeLists.txt setup.py $(SOURCES)
-	$(if $(OTHER),$(MAKE) build VENV=.venv TORCH=$(PINNED_TORCH),PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .)
-	touch $@
+$(VENV)/.train: $(VENV)/.tools pyproject.toml
+	@echo "== Installing the packages that training needs: about 100 MB to download, usually half a minute"
+	$(BIN)/python scripts/requirements.py train > $(VENV)/requirements-train.txt
+	$(PIP) -r $(VENV)/requirements-train.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	@echo "== Installing the packages that tests and linters need: about 200 MB to download, usually half a minute"
+	$(BIN)/python scripts/requirements.py dev > $(VENV)/requirements-dev.txt
+	$(PIP) -r $(VENV)/requirements-dev.txt
+	@touch $@
+
+# The package and its command point into this folder. The kernels come from the next rule, whose output pip would hide.
+$(VENV)/.linked: $(VENV)/.train setup.py
+	@echo "== Installing yopo_ext as a link to this folder: usually 5 seconds"
+	$(if $(OTHER),,YOPO_EXT_BUILD_NATIVE=0 $(PIP) --quiet --no-build-isolation --no-deps --editable .)
+	@touch $@
+
+# Another torch runs the libraries that were built with the pinned one, as the wheel's users do.
+# Runs every time: CMake notices changed sources, another YOPO_CUDA or CXX, and a GPU that was not there before.
+$(VENV)/.build: $(VENV)/.linked FORCE
+	$(if $(OTHER),$(MAKE) build VENV=.venv TORCH=$(PINNED_TORCH),PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace)
+	@touch $@
+
+# Beside the rules below, which say what these commands do.
+test test-core test-long test-binaries lint: $(VENV)/.dev
 
 demo: $(VENV)/.build
-	$(BIN)/yopo-ext compare --out runs/demo --resume auto
+	@echo "== Training six models on the digits of scikit-learn, and attacking them: usually 2 minutes"
+	$(BIN)/yopo-ext compare --seeds 0 --test-samples 200 --out runs/demo --resume auto
 
 # Two processes share the tests; a process that is done takes some of the other's.
 PYTEST := PYTHONPATH="$(CURDIR)" PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
@@ -60,8 +83,15 @@ bench: $(VENV)/.build
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python scripts/readme.py
 
+# The demo's methods with three seeds and all test images, for the README: 10 minutes on a machine with nothing else to do.
+bench-digits: $(VENV)/.build
+	$(BIN)/yopo-ext compare --out runs/bench-digits
+	cp runs/bench-digits/comparison.json benchmarks/results/digits_comparison.json
+	cp runs/bench-digits/accuracy-time.png docs/digits.png
+	$(BIN)/python scripts/readme.py
+
 build-gpu:
-	YOPO_CUDA=ON YOPO_CUDA_ARCHITECTURES=$${YOPO_CUDA_ARCHITECTURES:-native} $(PYTHON) setup.py --quiet build_ext --inplace
+	YOPO_CUDA=ON $(PYTHON) setup.py --quiet build_ext --inplace
 
 test-gpu: build-gpu
 	PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest tests/gpu
@@ -80,9 +110,9 @@ bench-training-gpu: build-gpu
 	cp $(RUN)/comparison.json benchmarks/results/cifar10_comparison.json
 	$(PYTHON) scripts/readme.py
 
-lint: $(VENV)/.environment
+lint:
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
-	rm -rf build dist *.egg-info yopo_ext/lib
+	rm -rf build dist *.egg-info yopo_ext/lib $(VENV)/.build

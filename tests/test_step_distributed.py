@@ -141,8 +141,8 @@ def check_nonfinite(rank: int) -> dict[str, object]:
 def check_fabric(rank: int) -> dict[str, object]:
     import_torchvision(required=False)  # which Fabric imports
     try:
-        from lightning.fabric import Fabric
-        from lightning.fabric.strategies import DDPStrategy
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import DDPStrategy
     except ModuleNotFoundError:
         return {}
     found: dict[str, object] = {}
@@ -250,7 +250,7 @@ def test_processes_leave_a_batch_out_together(processes: list[dict]) -> None:
 
 def test_fabric_reduces_once(processes: list[dict]) -> None:
     if not processes[0]["check_fabric"]:
-        pytest.skip("lightning is not installed")
+        pytest.skip("lightning-fabric is not installed")
     found = [process["check_fabric"] for process in processes]
     model, perturbation = whole("conv")
     plain = without_batch_norm("conv").float()
@@ -274,7 +274,7 @@ def test_fabric_reduces_once(processes: list[dict]) -> None:
 
 def test_fabric_on_one_process() -> None:
     import_torchvision(required=False)
-    fabric_module = pytest.importorskip("lightning.fabric")
+    fabric_module = pytest.importorskip("lightning_fabric")
     fabric = fabric_module.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     plain = network(STEMS["conv"], dtype=torch.float32)
     model = copy.deepcopy(plain)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -6,8 +7,9 @@ import pytest
 import torch
 
 from yopo_ext.training.cli import main
-from yopo_ext.training.comparison import plan
+from yopo_ext.training.comparison import Comparison, plan
 from yopo_ext.training.config import CompareConfig, TrainConfig
+from yopo_ext.training.deadline import Deadline
 
 TOY = ["--epochs", "1", "--batch-size", "200", "--validation-steps", "1"]
 
@@ -234,3 +236,26 @@ def test_compare_stops_on_time_and_goes_on(tmp_path, capsys):
     assert (out / "natural" / "seed-0" / "model.pt").read_bytes() == weights
     assert "PGD-3 %" in (out / "comparison.txt").read_text()
     assert [row["seconds"] for row in json.loads((out / "comparison.json").read_text())["rows"]] == seconds
+
+
+def test_compare_ends_however_short_the_time_of_a_call(few_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("yopo_ext.training.comparison.dataset_of", lambda config: few_digits)
+    train = TrainConfig(epochs=2, batch_size=40, validation_steps=1, out=str(tmp_path / "run"), resume="auto")
+    config = CompareConfig(methods=("natural", "pgd-1"), seeds=(0,), test_attacks=("pgd-1", "pgd-2"), train=train)
+
+    def call():
+        return Comparison(config, shown=False).run(Deadline(0.0))
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    calls, before = 1, {}
+    while (rows := call()) is None:
+        assert written() != before  # each call leaves something new
+        before = written()
+        calls += 1
+        assert calls < 50
+    assert calls > 10
+    whole = dataclasses.replace(config, train=dataclasses.replace(train, out=None, resume="never"))
+    for row, expected in zip(rows, Comparison(whole, shown=False).run(), strict=True):
+        assert (row.method, row.clean, row.robust) == (expected.method, expected.clean, expected.robust)

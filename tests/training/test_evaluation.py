@@ -1,12 +1,18 @@
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from yopo_ext.training.adversaries import AutoAttack, PgdAttack, parse_attack, passes
+from yopo_ext.attacks import AdmissibleSet
+from yopo_ext.training.adversaries import Apgd, AutoAttack, PgdAttack, parse_attack, passes
+from yopo_ext.training.config import TrainConfig
 from yopo_ext.training.data import Split
 from yopo_ext.training.deadline import Deadline
-from yopo_ext.training.evaluation import evaluate, evaluate_in_parts, true_fp32
+from yopo_ext.training.evaluation import Journal, evaluate, evaluate_in_parts, true_fp32
+from yopo_ext.training.image_wise import FixedBatches, Starts
 from yopo_ext.training.methods import ThreatModel
+from yopo_ext.training.trainer import Trainer
 
 THREAT = ThreatModel(0.1)
 
@@ -174,3 +180,88 @@ def test_an_evaluation_in_parts_ends_like_a_whole_one(few_digits, tmp_path):
     assert limited.robust["pgd-3@15"] == first.robust["pgd-3"]  # from the notes of pgd-3 on all
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     assert part(Deadline(0.0), other) is None  # other weights share nothing
+
+
+def test_a_deadline_that_has_passed_lets_every_call_attack_one_batch(few_digits, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    whole = evaluate(model, few_digits.test, THREAT, [PgdAttack(1)], batch_size=15)
+    calls, found = 0, None
+    while found is None:
+        calls += 1
+        found = evaluate_in_parts(
+            model, few_digits.test, THREAT, [PgdAttack(1)], batch_size=15, journal=tmp_path / "evaluation.jsonl",
+            deadline=Deadline(0.0),
+        )  # fmt: skip
+        assert calls < 50
+    assert found == whole
+    assert calls == 6  # three batches, clean and attacked
+
+
+@pytest.fixture(scope="module")
+def half_robust(digits):
+    """A network of which the attacks below find something new one after the other."""
+    return Trainer(TrainConfig(method="fgsm-rs", epochs=3), dataset=digits, shown=False).fit().network
+
+
+def test_attacking_survivors_only_finds_the_worst_case_of_attacking_all(half_robust, digits, tmp_path):
+    tried = [PgdAttack(3), Apgd(steps=10), PgdAttack(3, 3, "margin", samples=80), Apgd(targeted=True, steps=10)]
+    split, threat = digits.test.first(100), ThreatModel(0.15)
+    images = []
+    hook = half_robust.register_forward_hook(lambda module, arguments, output: images.append(len(arguments[0])))
+    found, spent, notes = {}, {}, {}
+    for survivors_only in (False, True):
+        images.clear()
+        path = tmp_path / f"{survivors_only}.jsonl"
+        found[survivors_only] = evaluate_in_parts(
+            half_robust, split, threat, tried, survivors_only=survivors_only, journal=path
+        )
+        spent[survivors_only] = sum(images)
+        (fingerprint,) = {json.loads(line)["fingerprint"] for line in path.read_text().splitlines()}
+        notes[survivors_only] = Journal(path, fingerprint).known
+    hook.remove()
+    assert found[True].worst == found[False].worst
+    for attack, results in notes[True].items():  # image by image
+        assert results.items() <= notes[False][attack].items()
+    assert len(notes[True]["apgd-t"]) < len(notes[False]["apgd-t"]) == 100
+    assert spent[True] < 0.95 * spent[False]
+    left = list(found[True].robust.values())
+    assert left == sorted(left, reverse=True)
+    assert left[0] > left[-1] > 0.0
+
+
+@pytest.mark.parametrize(
+    "attack", [PgdAttack(5), PgdAttack(5, 2, "margin"), Apgd(steps=10), Apgd(targeted=True, steps=5)]
+)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_attack_finds_the_same_perturbation_beside_any_other_images(half_robust, digits, attack, norm):
+    threat = ThreatModel({"linf": 0.15, "l2": 1.0}[norm], norm)
+    model = FixedBatches(half_robust.eval(), 32)
+
+    def perturbations(images):
+        x, y = digits.test.x(images), digits.test.labels[images]
+        starts = Starts(AdmissibleSet(x, threat.eps, norm, (0.0, 1.0)), images, seed=5)
+        return attack(model, x, y, threat, starts)
+
+    images = torch.arange(32)
+    whole = perturbations(images)
+    assert whole.abs().amax() > 0.0
+    assert not torch.equal(whole[0], whole[1])
+    for some in (images[3:4], images[[30, 2, 17]], torch.cat([images[20:], torch.arange(100, 110)])):
+        known = some < 32
+        assert torch.equal(perturbations(some)[known], whole[some[known]])
+
+
+def test_an_attack_that_looks_at_whole_batches_gets_them(half_robust, digits):
+    class Neighbours(AutoAttack):
+        """Succeeds on images whose batch holds more than nine."""
+
+        kind = "neighbours"
+
+        def __call__(self, model, x, y, threat, starts):
+            return torch.full_like(x, 9.0 if len(x) > 9 else 0.0)
+
+    split = digits.test.first(40)
+    tried = [PgdAttack(10), Neighbours()]
+    found = [evaluate_in_parts(half_robust, split, THREAT, tried, survivors_only=some) for some in (False, True)]
+    assert found[0].worst == found[1].worst

@@ -174,7 +174,7 @@ def test_an_overflow_in_fp16_skips_the_update(few_digits, method):
     config = TrainConfig(method=method, clip=1.0)
     trainer = Trainer(config, dataset=few_digits, shown=False)
     learner = trainer.learner
-    from lightning.fabric.plugins import MixedPrecision  # not before the trainer has seen to torchvision
+    from lightning_fabric.plugins import MixedPrecision  # not before the trainer has seen to torchvision
 
     precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**127))
     learner.fabric.strategy.precision = learner.fabric._precision = precision

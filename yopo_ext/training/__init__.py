@@ -6,7 +6,7 @@ _missing = [
     package
     for module, package in (
         ("jsonargparse", "jsonargparse[signatures]"),
-        ("lightning", "lightning"),
+        ("lightning_fabric", "lightning-fabric"),
         ("matplotlib", "matplotlib"),
         ("sklearn", "scikit-learn"),
         ("tqdm", "tqdm"),

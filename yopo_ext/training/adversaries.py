@@ -8,13 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from yopo_ext import attacks
 from yopo_ext.training.apgd import apgd
+from yopo_ext.training.image_wise import Starts
 from yopo_ext.training.methods.base import ThreatModel
 from yopo_ext.training.numbers import parse_number
 
@@ -22,6 +23,8 @@ from yopo_ext.training.numbers import parse_number
 @dataclass(frozen=True, kw_only=True)
 class Attack(ABC):
     """What is tried on a model; `samples`: only on the first so many images of the split (None: on all)."""
+
+    whole_batches: ClassVar[bool] = False  # whether an image's result depends on the others of its batch
 
     samples: int | None = None
 
@@ -41,9 +44,7 @@ class Attack(ABC):
         """Forwards and input gradients per image."""
 
     @abstractmethod
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, starts: Starts) -> Tensor:
         """The perturbation found, [B, C, H, W]."""
 
     def count(self, images: int) -> int:
@@ -70,24 +71,28 @@ class PgdAttack(Attack):
     def passes(self) -> int:
         return 2 * self.steps * self.restarts + (self.restarts if self.restarts > 1 else 0)
 
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
-    ) -> Tensor:
-        return attacks.pgd(
-            model,
-            x,
-            y,
-            eps=threat.eps,
-            step_size=threat.eps / 4 if self.step_size is None else self.step_size,
-            steps=self.steps,
-            restarts=self.restarts,
-            loss=self.loss,
-            norm=threat.norm,
-            bounds=threat.bounds,
-            mean=threat.mean,
-            std=threat.std,
-            generator=generator,
-        ).perturbation
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, starts: Starts) -> Tensor:
+        eta, left = torch.zeros_like(x), torch.arange(len(x), device=x.device)
+        for _ in range(self.restarts):
+            eta[left] = attacks.pgd(
+                model,
+                x[left],
+                y[left],
+                eps=threat.eps,
+                step_size=threat.eps / 4 if self.step_size is None else self.step_size,
+                steps=self.steps,
+                loss=self.loss,
+                norm=threat.norm,
+                bounds=threat.bounds,
+                init=starts.draw()[left],
+                mean=threat.mean,
+                std=threat.std,
+            ).perturbation
+            if self.restarts > 1:
+                left = left[is_correct(model, (x + eta)[left], y[left], threat)]
+            if len(left) == 0:
+                break
+        return eta
 
 
 @dataclass(frozen=True)
@@ -106,18 +111,16 @@ class Apgd(Attack):
     def passes(self) -> int:
         return (self.targets if self.targeted else 1) * 2 * (self.steps + 1)
 
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
-    ) -> Tensor:
-        ball = attacks.AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, starts: Starts) -> Tensor:
         targets = self.targets if self.targeted else None
-        return apgd(pixel_model(model, threat), x, y, ball, steps=self.steps, targets=targets, generator=generator)
+        return apgd(pixel_model(model, threat), x, y, starts.ball, starts.draw, steps=self.steps, targets=targets)
 
 
 @dataclass(frozen=True)
 class AutoAttack(Attack):
     """The ensemble of Croce and Hein, or its Square attack alone, from the package `pyautoattack` or `autoattack`."""
 
+    whole_batches: ClassVar[bool] = True
     square: bool = False
 
     @property
@@ -133,12 +136,10 @@ class AutoAttack(Attack):
         if find_spec("pyautoattack") is None and find_spec("autoattack") is None:
             raise ModuleNotFoundError(f"attack {self.name!r} needs a package: pip install pyautoattack")
 
-    def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
-    ) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, starts: Starts) -> Tensor:
         self.require()
         norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
-        options = {"norm": norm, "eps": threat.eps, "seed": generator.initial_seed() % 2**31, "device": x.device}
+        options = {"norm": norm, "eps": threat.eps, "seed": starts.seed % 2**31, "device": x.device}
         chosen = ["square"] if self.square else ["apgd-ce", "apgd-t", "fab-t", "square"]
         wrapped, x = pixel_model(model, threat), x.contiguous()  # it fails on channels_last inputs
         if find_spec("pyautoattack") is not None:
@@ -153,7 +154,7 @@ class AutoAttack(Attack):
             ensemble = Ensemble(wrapped, version="custom", attacks_to_run=chosen, verbose=False, **options)
             _as_in_the_standard_version(ensemble)
             attacked = ensemble.run_standard_evaluation(x, y, bs=max(len(x), 1))
-        return attacks.AdmissibleSet(x, threat.eps, threat.norm, threat.bounds).project(attacked - x)
+        return starts.ball.project(attacked - x)
 
 
 def _as_in_the_standard_version(ensemble: Any) -> None:
@@ -214,13 +215,19 @@ def parse_attacks(texts: Sequence[str]) -> list[Attack]:
 
 
 def passes(attack_list: Sequence[Attack], images: int) -> int:
-    """Forwards and input gradients that `evaluate` spends on a split of so many images."""
+    """Forwards and input gradients that `evaluate` spends on a split of so many images, all of them attacked."""
     return images + sum(attack.count(images) * (1 + attack.passes) for attack in attack_list)
 
 
 def pixel_model(model: nn.Module, threat: ThreatModel) -> nn.Module:
     """The model as a function of pixels."""
     return model if threat.mean is None else _Normalised(model, threat)
+
+
+@torch.no_grad()
+def is_correct(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    """Whether the model predicts y, [B] bool."""
+    return pixel_model(model, threat)(x).argmax(1) == y
 
 
 class _Normalised(nn.Module):

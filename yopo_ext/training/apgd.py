@@ -37,15 +37,16 @@ def apgd(
     x: Tensor,
     y: Tensor,
     ball: AdmissibleSet,
+    draw: Callable[[], Tensor],
     *,
     steps: int = 100,
     targets: int | None = None,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """A perturbation [B, C, H, W] in `ball` that changes the prediction where one was found, else the best one.
 
     Args:
         model: called as model(pixels), in evaluation mode here; returns logits.
+        draw: the next random start of all samples, [B, C, H, W]; called once per run.
         steps: gradient steps per run.
         targets: None raises the cross-entropy; a number runs the targeted DLR loss against that many of the most likely
             other classes, one after the other, each on the samples that are still classified correctly.
@@ -55,12 +56,12 @@ def apgd(
         stack.enter_context(evaluating(model))
         stack.enter_context(frozen_parameters(model))
         if targets is None:
-            return _climb(model, x, y, ball, cross_entropy, steps, ball.uniform(generator))
+            return _climb(model, x, y, ball, cross_entropy, steps, draw())
         with torch.no_grad():
             order = model(x).scatter(1, y[:, None], -math.inf).argsort(1, descending=True)
         eta = torch.zeros_like(x)
         for rank in range(min(targets, order.shape[1] - 1)):
-            start = ball.uniform(generator)
+            start = draw()
             with torch.no_grad():
                 left = (model(x + eta).argmax(1) == y).nonzero().squeeze(1)
             if len(left) == 0:

@@ -164,7 +164,7 @@ def _export(given: Namespace) -> Job:
 
 def _compare(given: Namespace) -> Job:
     from yopo_ext.training.comparison import Comparison, plan
-    from yopo_ext.training.report import table
+    from yopo_ext.training.report import finding, table
 
     train = TrainConfig(**dataclasses.asdict(build(TrainConfig, given, skip=("method", "seed"))))
     config = dataclasses.replace(build(CompareConfig, given, skip=("train",)), train=train)
@@ -180,8 +180,14 @@ def _compare(given: Namespace) -> Job:
             rows = comparison.run(deadline)
         if rows is None:
             return UNFINISHED
-        print(table(rows))
-        print(f"\nwritten to {train.out}")
+        print(f"{table(rows)}\n\n{finding(rows)}")
+        print(f"Written to {train.out}: comparison.txt, comparison.json, accuracy-time.png, and every run's model.")
+        if train.dataset != "imagefolder":
+            name = sys.argv[0] if Path(sys.argv[0]).name == "yopo-ext" else "yopo-ext"
+            print("The same on images of your own, in FOLDER/train/CLASS/ and FOLDER/test/CLASS/:")
+            print(
+                f"  {name} compare --dataset imagefolder --data-dir FOLDER --image-size 64 --epochs 5 --out runs/mine"
+            )
         return 0
 
     return job
@@ -213,10 +219,10 @@ def _plan(
                 times = sum(other == text for other, _ in runs)
                 length = f"{run.epochs} epochs" if run.time_budget is None else f"{run.time_budget:g} s"
                 what = f"{length} of {run.dataset}, {run.model}, eps {run.eps:.4g}"
-                print(f"{text}: {times} x ({what}): {found}")
+                print(f"{text}: {times} x ({what}): {found}", flush=True)
         training = sum(seen[text].training for text, _ in runs)
         evaluation = sum(seen[text].evaluation for text, _ in runs)
-        print(f"in all: {len(runs)} runs, training {duration(training)}, evaluation {duration(evaluation)}")
+        print(f"in all: {len(runs)} runs, training {duration(training)}, evaluation at most {duration(evaluation)}")
         return 0
 
     return job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from yopo_ext.training.environment import environment
 from yopo_ext.training.evaluation import evaluate_in_parts
 from yopo_ext.training.metrics import MetricsFile
 from yopo_ext.training.numbers import parse_number
-from yopo_ext.training.report import Row, save_plot, table
+from yopo_ext.training.plot import save_plot
+from yopo_ext.training.report import Row, finding, table
 from yopo_ext.training.trainer import Trainer
 
 # What a method of a list may set for itself, beside its own options.
@@ -121,9 +123,11 @@ class Comparison:
     def run(self, deadline: Deadline | None = None) -> list[Row] | None:
         """The table's rows; None if the `deadline` passed before (`resume="auto"` goes on from there)."""
         records: list[dict[str, Any]] = []
-        for text, run in self.runs:
+        for number, (text, run) in enumerate(self.runs, 1):
             record = self.done.get((text, run.seed))
             if record is None:
+                if self.shown:
+                    print(f"run {number} of {len(self.runs)}: {text}, seed {run.seed}", file=sys.stderr, flush=True)
                 record = run_and_test(text, run, self.config, self.dataset, deadline, shown=self.shown)
                 if record is None:
                     return None
@@ -138,9 +142,14 @@ class Comparison:
     def _write(self, rows: list[Row], out: Path) -> None:
         first = self.runs[0][1]
         facts = {name: getattr(first, name) for name in ("dataset", "model", "eps", "norm", "epochs", "time_budget")}
-        facts |= {"seeds": list(self.config.seeds), "environment": environment(device_for(first.accelerator))}
+        facts |= {
+            "test": self.config.test(),
+            "seeds": list(self.config.seeds),
+            "environment": environment(device_for(first.accelerator)),
+        }
         write_json(out / "comparison.json", {**facts, "rows": [row.as_dict(rows) for row in rows]})
-        write_atomically(out / "comparison.txt", lambda file: file.write((table(rows) + "\n").encode()))
+        text = f"{table(rows)}\n\n{finding(rows)}\n"
+        write_atomically(out / "comparison.txt", lambda file: file.write(text.encode()))
         save_plot(rows, out / "accuracy-time.png", title=f"{first.dataset}, {first.norm} {first.eps:.4g}")
 
 
@@ -153,7 +162,10 @@ def run_and_test(
     *,
     shown: bool = True,
 ) -> dict[str, Any] | None:
-    """Train once and attack the selected weights on the test split; None if the deadline passed before."""
+    """Train once and attack the selected weights on the test split; None if the deadline passed before.
+
+    Each attack is tried on the images that those before it have left, so the last accuracy is the worst case of all.
+    """
     trainer = Trainer(run, dataset=dataset, shown=shown)
     result = trainer.fit(deadline)
     if result is None:
@@ -165,6 +177,7 @@ def run_and_test(
         trainer.learner.threat,
         attacks,
         seed=run.seed,
+        survivors_only=True,
         journal=None if run.out is None else Path(run.out) / "evaluation.jsonl",
         deadline=deadline,
         title=f"{text} seed {run.seed} test" if shown else None,

@@ -238,15 +238,25 @@ class CompareConfig:
     """Several methods trained and tested alike."""
 
     methods: tuple[str, ...] = option(
-        ("natural", "pgd-10", "pgd-6", "yopo-5-3"), "methods, comma separated, written as for train --method"
+        (
+            "natural",
+            "fgsm-rs",
+            "yopo-2-3:train-on=last:persist",
+            "yopo-3-2:update-every=pass:persist",
+            "yopo-5-3",
+            "pgd-10",
+        ),
+        "methods, comma separated, written as for train --method",
     )
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds, comma separated: each method is trained once with each")
     test_attacks: tuple[str, ...] = option(
-        ("pgd-20",), "attacks on the test split, comma separated, written as for evaluate --attacks"
+        ("pgd-20", "apgd-ce", "apgd-t"),
+        "attacks on the test split, comma separated, written as for evaluate --attacks; each is tried on the images that "
+        "those before it have left",
     )
     test_samples: int | None = option(None, "only the first so many test samples")
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def test(self) -> dict[str, Any]:
         """What is tried on every trained model, JSON-ready."""
-        return {"attacks": list(self.test_attacks), "samples": self.test_samples}
+        return {"attacks": list(self.test_attacks), "samples": self.test_samples, "survivors_only": True}

@@ -14,7 +14,7 @@ import torch
 
 import yopo_ext
 
-PACKAGES = ("torch", "numpy", "scikit-learn", "torchvision", "timm", "lightning", "pyautoattack", "autoattack")
+PACKAGES = ("torch", "numpy", "scikit-learn", "torchvision", "timm", "lightning-fabric", "pyautoattack", "autoattack")
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:

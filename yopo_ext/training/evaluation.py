@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.modes import evaluating
-from yopo_ext.training.adversaries import Attack, PgdAttack, parse_attack, pixel_model
+from yopo_ext.training.adversaries import Attack, PgdAttack, is_correct, parse_attack
 from yopo_ext.training.checkpoint import append_line
 from yopo_ext.training.data import Split, bytes_of, mix_seed
 from yopo_ext.training.deadline import Deadline
+from yopo_ext.training.image_wise import FixedBatches, Starts
 from yopo_ext.training.methods.base import ThreatModel
 from yopo_ext.training.progress import Progress
 
@@ -38,13 +40,17 @@ def true_fp32() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+# Images attacked at a time. A CPU gains nothing from more, and a last batch that is filled up costs less.
+BATCH_SIZES = {"cpu": 32, "cuda": 256}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Accuracies in percent over `samples` images, or the first so many where an attack's name says so."""
 
     samples: int
     clean: float
-    robust: dict[str, float]  # by attack
+    robust: dict[str, float]  # by attack; of an evaluation of survivors: under this attack and all before it
     worst: float  # correct under every attack tried and on the clean image
     worst_samples: int  # of the images that met all of them: the first so many
 
@@ -53,27 +59,24 @@ class Evaluation:
 
 
 class Journal:
-    """Which samples survived which attack, one line per batch in a file, so that a long evaluation can be gone on with.
+    """Which images survived which attack, one line per batch in a file, so that a long evaluation can be gone on with.
 
-    Lines count only for the same weights, samples, attacks and seed, which `fingerprint` stands for.
+    Lines count only for the same weights, images and seed, which `fingerprint` stands for.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        self.known: dict[tuple[str, int], str] = {}
+        self.known: dict[str, dict[int, bool]] = {}
         for line in path.read_text().splitlines() if path.exists() else []:
             with suppress(ValueError):  # a line that a kill cut short
                 record = json.loads(line)
                 if record["fingerprint"] == fingerprint:
-                    self.known[record["attack"], record["batch"]] = record["correct"]
+                    survived = (digit == "1" for digit in record["correct"])
+                    self.known.setdefault(record["attack"], {}).update(zip(record["images"], survived, strict=True))
 
-    def get(self, attack: str, batch: int, size: int) -> Tensor | None:
-        found = self.known.get((attack, batch))
-        return None if found is None or len(found) != size else torch.tensor([digit == "1" for digit in found])
-
-    def put(self, attack: str, batch: int, correct: Tensor) -> None:
+    def put(self, attack: str, images: Tensor, correct: Tensor) -> None:
         text = "".join("1" if value else "0" for value in correct.tolist())
-        record = {"fingerprint": self.fingerprint, "attack": attack, "batch": batch, "correct": text}
+        record = {"fingerprint": self.fingerprint, "attack": attack, "images": images.tolist(), "correct": text}
         append_line(self.path, record)
 
 
@@ -84,11 +87,11 @@ def evaluate(
     attack_list: Sequence[Attack],
     *,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
 ) -> Evaluation:
     """Attack every sample of `split` (on the model's device) with every attack, in evaluation mode and true fp32.
 
-    The random starts depend on `seed`, the attack and the batch alone.
+    The random starts depend on `seed`, the attack and the image's place in the split alone.
     """
     found = evaluate_in_parts(model, split, threat, attack_list, seed=seed, batch_size=batch_size)
     assert found is not None
@@ -102,63 +105,68 @@ def evaluate_in_parts(
     attack_list: Sequence[Attack],
     *,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = None,
+    survivors_only: bool = False,
     journal: Path | None = None,
     deadline: Deadline | None = None,
     title: str | None = None,
 ) -> Evaluation | None:
     """`evaluate`, with finished batches kept in the file `journal`; None once the `deadline` passes.
 
-    With a `title` it says how far it is.
+    A call attacks at least one batch, however short its time. With `survivors_only` an attack is spared the images that
+    are classified wrongly already, clean or under an attack before it: `worst` is the same, because an attack's result on
+    an image depends on no other image, and `robust` gives what is left after each attack. With a `title` it says how far it is.
     """
-    notes = None if journal is None else Journal(journal, fingerprint(model, split, threat, seed, batch_size))
     device = split.labels.device
-    generator = torch.Generator(device)
-    starts = {a: range(0, len(split) if a is None else a.count(len(split)), batch_size) for a in (None, *attack_list)}
-    correct: dict[str, Tensor] = {}
-    progress = Progress(title or "", sum(map(len, starts.values())), shown=title is not None)
+    size = BATCH_SIZES[device.type] if batch_size is None else batch_size
+    notes = None if journal is None else Journal(journal, fingerprint(model, split, threat, seed, size))
+    counts = {attack: len(split) if attack is None else attack.count(len(split)) for attack in (None, *attack_list)}
+    accuracy: dict[str, float] = {}
+    alive = torch.ones(len(split), dtype=torch.bool)  # classified correctly so far
+    worked = False
+    progress = Progress(title or "", sum(-(-count // size) for count in counts.values()), shown=title is not None)
     with evaluating(model), true_fp32(), closing(progress):
-        for attack, batches in starts.items():
+        for attack, count in counts.items():
             # Seeds and notes go by the kind: an attack on the first images does what it does to them among all.
             name, kind = ("clean", "clean") if attack is None else (attack.name, attack.kind)
-            parts = [torch.arange(s, min(s + batch_size, batches.stop), device=device) for s in batches]
-            known = [None if notes is None else notes.get(kind, n, len(part)) for n, part in enumerate(parts)]
-            images = split.stream([part for part, found in zip(parts, known, strict=True) if found is None])
-            survivors = []
-            for number, (part, survived) in enumerate(zip(parts, known, strict=True)):
-                if survived is None:
-                    if deadline is not None and deadline.passed():
-                        return None
-                    x, y = next(images), split.labels[part]
-                    if attack is not None:
-                        generator.manual_seed(mix_seed(seed, zlib.crc32(kind.encode()), number))
-                        x = x + attack(model, x, y, threat, generator)
-                    survived = is_correct(model, x, y, threat).cpu()
-                    if notes is not None:
-                        notes.put(kind, number, survived)
-                survivors.append(survived)
+            whole = attack is not None and attack.whole_batches
+            label = name if whole else kind
+            known = {} if notes is None else notes.known.get(label, {})
+            target = model if whole else FixedBatches(model, size)
+            tried = range(count) if whole or not survivors_only else alive[:count].nonzero().squeeze(1).tolist()
+            correct = torch.tensor([known.get(image, False) for image in range(count)])
+            correct &= torch.zeros(count, dtype=torch.bool).index_fill(0, torch.tensor(tried, dtype=torch.int64), True)
+            parts = torch.tensor([image for image in tried if image not in known], dtype=torch.int64).split(size)
+            parts = tuple(part for part in parts if len(part))
+            progress.advance(-(-count // size) - len(parts))
+            for part, x in zip(parts, split.stream([part.to(device) for part in parts]), strict=True):
+                if worked and deadline is not None and deadline.passed():
+                    return None
+                y = split.labels[part.to(device)]
+                if attack is not None:
+                    ball = AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
+                    starts = Starts(ball, part.to(device), mix_seed(seed, zlib.crc32(kind.encode())))
+                    x = x + attack(target, x, y, threat, starts)
+                correct[part] = is_correct(target, x, y, threat).cpu()
+                if notes is not None:
+                    notes.put(label, part, correct[part])
+                worked = True
                 progress.advance()
-            correct[name] = torch.cat(survivors).double()
-            progress.say(f"{name} {100.0 * correct[name].mean().item():.2f} %")
-    accuracy = {name: 100.0 * values.mean().item() for name, values in correct.items()}
-    shared = min(map(len, correct.values()))
-    worst = 100.0 * torch.stack([values[:shared] for values in correct.values()]).amin(0).mean().item()
+            alive[:count] &= correct
+            accuracy[name] = 100.0 * (alive[:count] if survivors_only else correct).double().mean().item()
+            progress.say(f"{name} {accuracy[name]:.2f} %")
+    shared = min(counts.values())
+    worst = 100.0 * alive[:shared].double().mean().item()
     return Evaluation(len(split), accuracy.pop("clean"), accuracy, worst, shared)
 
 
 def fingerprint(model: nn.Module, split: Split, threat: ThreatModel, seed: int, batch_size: int) -> str:
     """A short text that changes with anything an accuracy depends on, the attack aside."""
-    digest = hashlib.sha256(repr((threat, seed, batch_size)).encode())
+    digest = hashlib.sha256(repr(("image-wise", threat, seed, batch_size)).encode())
     for values in model.state_dict().values():
         digest.update(bytes_of(values))
     digest.update(split.identity())
     return digest.hexdigest()[:16]
-
-
-@torch.no_grad()
-def is_correct(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
-    """Whether the model predicts y, [B] bool."""
-    return pixel_model(model, threat)(x).argmax(1) == y
 
 
 def alarms(robust: dict[str, float]) -> list[str]:

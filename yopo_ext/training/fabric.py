@@ -11,7 +11,7 @@ from yopo_ext.training.config import TrainConfig
 from yopo_ext.training.vision import import_torchvision
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 def make_fabric(config: TrainConfig) -> Fabric:
@@ -27,9 +27,9 @@ def make_fabric(config: TrainConfig) -> Fabric:
     import_torchvision(required=False)  # Fabric may import it by way of torchmetrics
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from lightning.fabric import Fabric
-        from lightning.fabric.strategies import DDPStrategy
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import DDPStrategy
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     # Buffers are not sent around before each forward: that would change them between the two forwards of TRADES, before
     # its one backward. `FabricLearner.synchronise` makes them equal where it matters.
     strategy = DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto"

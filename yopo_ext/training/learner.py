@@ -19,7 +19,7 @@ from yopo_ext.training.methods import Method, Outcome
 from yopo_ext.training.models import build_model
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 
 class FabricLearner:

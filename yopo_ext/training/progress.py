@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-QUIET_SECONDS = 30.0  # between plain lines
+# Seconds between plain lines: few at first, then a tenth of the time so far, so that a long log stays short.
+SHORTEST_QUIET, LONGEST_QUIET = 5.0, 60.0
 
 
 class Progress:
@@ -16,7 +17,7 @@ class Progress:
 
     def __init__(self, title: str, total: int | None, done: int = 0, *, shown: bool = True) -> None:
         self.title, self.total, self.done, self.shown = title, total, done, shown
-        self.said = time.monotonic()
+        self.started = self.said = time.monotonic()
         terminal = shown and sys.stderr.isatty()
         self.bar = (
             tqdm(total=total, initial=done, desc=title, unit="batch", leave=False, dynamic_ncols=True)
@@ -28,7 +29,7 @@ class Progress:
         self.done += batches
         if self.bar is not None:
             self.bar.update(batches)
-        elif self.shown and time.monotonic() - self.said > QUIET_SECONDS:
+        elif self.shown and self._is_due():
             self.say(f"batch {self.done}" + ("" if self.total is None else f" of {self.total}"))
 
     def say(self, text: str) -> None:
@@ -44,8 +45,12 @@ class Progress:
         text = "  ".join(f"{n} {record[n]:.4g}" for n in names if n in record)
         if self.bar is not None:
             self.bar.set_postfix_str(text)
-        elif last or time.monotonic() - self.said > QUIET_SECONDS:
+        elif last or self._is_due():
             self.say(text)
+
+    def _is_due(self) -> bool:
+        quiet = min(max(SHORTEST_QUIET, 0.1 * (self.said - self.started)), LONGEST_QUIET)
+        return time.monotonic() - self.said > quiet
 
     def close(self) -> None:
         if self.bar is not None:

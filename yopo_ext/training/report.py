@@ -1,11 +1,11 @@
-"""The comparison's table and plot."""
+"""The comparison's table, and what is seen in it."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 REFERENCE = "pgd-10"  # times and costs are also given relative to this method, where it is in the table
@@ -17,14 +17,15 @@ class Row:
 
     method: str
     clean: list[float]
-    robust: dict[str, list[float]]  # by attack
+    robust: dict[str, list[float]]  # by attack: correct under it and those before it
+    worst: list[float]  # correct under all of them
+    images: int  # that met all of them
     seconds: list[float]
     images_per_second: list[float]
     updates: list[int]
     peak_memory: float | None  # MiB on the GPU, the highest of all seeds; None on a CPU
     cost: dict[str, int]
     seeds: list[int]
-    curves: list[list[tuple[float, float]]]  # (training seconds, validation PGD accuracy), one curve per seed
 
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]]) -> Row:
@@ -33,6 +34,8 @@ class Row:
             method=records[0]["method"],
             clean=[r["clean"] for r in records],
             robust={attack: [r["robust"][attack] for r in records] for attack in records[0]["robust"]},
+            worst=[r["worst"] for r in records],
+            images=records[0]["worst_samples"],
             seconds=[r["seconds"] for r in records],
             images_per_second=[r["images_per_second"] for r in records],
             updates=[r["updates"] for r in records],
@@ -41,7 +44,6 @@ class Row:
             ),
             cost=records[0]["cost"],
             seeds=[r["seed"] for r in records],
-            curves=[r["curve"] for r in records],
         )
 
     def as_dict(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -52,6 +54,8 @@ class Row:
             "seeds": self.seeds,
             "clean": {"mean": statistics.fmean(self.clean), "per_seed": self.clean},
             "robust": {a: {"mean": statistics.fmean(v), "per_seed": v} for a, v in self.robust.items()},
+            "worst": {"mean": statistics.fmean(self.worst), "per_seed": self.worst},
+            "images": self.images,
             "seconds": {"mean": statistics.fmean(self.seconds), "per_seed": self.seconds},
             "images_per_second": statistics.fmean(self.images_per_second),
             "updates": {"mean": statistics.fmean(self.updates), "per_seed": self.updates},
@@ -66,7 +70,7 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text: accuracies (mean and standard deviation over seeds), training time, cost in units, GPU memory."""
     reference = _reference(rows)
     attacks = list(rows[0].robust)
-    head = ["method", "clean %", *(f"{a.upper()} %" for a in attacks), "seconds", "images/s", "units = f + i + w"]
+    head = ["method", "clean %", *attack_columns(attacks), "seconds", "images/s", "units = f + i + w"]
     measured = any(row.peak_memory is not None for row in rows)
     if measured:
         head.append("peak MiB")
@@ -98,37 +102,29 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
-def save_plot(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Robust accuracy against training time: the validation curves, and each method's test result as a point."""
-    from matplotlib.figure import Figure
+def attack_columns(attacks: Sequence[str]) -> list[str]:
+    """The heads of the columns of accuracies: each holds what its attack and those before it leave."""
+    return [f"{'+ ' if number else ''}{attack.upper()} %" for number, attack in enumerate(attacks)]
 
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    axes = figure.subplots()
-    attack = next(iter(rows[0].robust))
-    for number, row in enumerate(rows):
-        colour = f"C{number % 10}"
-        for curve in row.curves:
-            if curve:
-                axes.plot(*zip(*curve, strict=True), color=colour, alpha=0.3, linewidth=1)
-        robust = row.robust[attack]
-        axes.errorbar(
-            statistics.fmean(row.seconds),
-            statistics.fmean(robust),
-            yerr=statistics.stdev(robust) if len(robust) > 1 else None,
-            marker="o",
-            markersize=8,
-            capsize=4,
-            linestyle="",
-            color=colour,
-            label=row.method,
-        )
-    axes.set_xscale("log")
-    axes.set_xlabel("training time, seconds (without evaluation)")
-    axes.set_ylabel("robust accuracy, %")
-    axes.set_title(f"{title}: test {attack.upper()} (points), validation PGD (lines)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+
+def finding(rows: Sequence[Row]) -> str:
+    """One sentence: the most robust method, and the fastest of those within one standard error of it."""
+
+    def what(row: Row) -> str:
+        return f"{row.method} ({statistics.fmean(row.worst):.1f} % after {statistics.fmean(row.seconds):.1f} s of training)"
+
+    top = max(rows, key=lambda row: statistics.fmean(row.worst))
+    share = statistics.fmean(top.worst) / 100.0
+    error = 100.0 * math.sqrt(share * (1.0 - share) / top.images)  # of one model on so many images
+    near = [row for row in rows if statistics.fmean(row.worst) >= statistics.fmean(top.worst) - error]
+    fast = min(near, key=lambda row: statistics.fmean(row.seconds))
+    within = f"one standard error of {top.images} images ({error:.1f} points)"
+    if fast is top:
+        return f"The most robust under all attacks is {what(top)}, and none that is faster comes within {within} of it."
+    return (
+        f"The most robust under all attacks is {what(top)}; within {within} of it the fastest is {what(fast)}, "
+        f"in {_ratio(fast.seconds, top.seconds):.2f} of its time."
+    )
 
 
 def _reference(rows: Sequence[Row]) -> Row | None:
