@@ -50,9 +50,9 @@ class FabricLearner:
             self.network = torch.compile(self.module)  # type: ignore[assignment]
             self.replica = self.network if self.replica is self.module else torch.compile(self.replica)  # type: ignore[assignment]
         self.average: AveragedModel | None = None
-        if config.ema is not None:
+        if config.ema is not None or config.average:
             # Buffers too: BatchNorm's statistics must be those of the averaged weights, not of the last ones.
-            self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            self.average = AveragedModel(self.module, multi_avg_fn=self._follow, use_buffers=True)
         self.generator = torch.Generator(self.device)
         self.kept = {name: self._first_kept(name) for name in method.keeps}
         self.carried: dict[str, Tensor] = {}
@@ -68,6 +68,7 @@ class FabricLearner:
             return self.network(self._normalised(x)).float()
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        assert self.config.label_smoothing is not None
         return F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
 
     def backward(self, loss: Tensor) -> None:
@@ -85,6 +86,18 @@ class FabricLearner:
         self.updates += 1
         if self.average is not None:
             self.average.update_parameters(self.module)
+
+    def _follow(self, averaged: Any, current: Any, number: Any) -> None:
+        """The average with the weights of update t: w <- w + (theta_t - w) / (1 + c t), or with the constant decay.
+
+        A weight of 1 / (1 + c t) spans a fraction c of the updates so far: it needs no warm-up, in which the first weights
+        would weigh too much, and it does not have to know how many updates will follow.
+        """
+        decay = self.config.ema
+        if decay is None:
+            assert self.config.average is not None
+            decay = 1.0 - 1.0 / (1.0 + self.config.average * self.updates)
+        get_ema_multi_avg_fn(decay)(averaged, current, number)
 
     def attack(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
         options = {**dataclasses.asdict(self.threat), "generator": self.generator, **options}
