@@ -237,6 +237,13 @@ def test_alarms_of_training(clean, pgd, train, alarm):
     assert found is None if alarm is None else re.search(alarm, found)
 
 
+def test_the_alarm_of_an_attack_that_loses_its_way():
+    record = {"train_accuracy": 50.0, "alignment": 0.1}
+    assert training_alarm({"alignment": 0.19}, record, 10) is None
+    assert "fell from 0.30 to 0.10" in training_alarm({"alignment": 0.3}, record, 10)
+    assert training_alarm({"alignment": 0.3}, {"train_accuracy": 50.0}, 10) is None
+
+
 def test_a_collapse_is_recorded(few_digits, tmp_path):
     config = TrainConfig(method="pgd-1", epochs=6, validate_every=1, lr=0.05, out=str(tmp_path / "run"))
     trainer = Trainer(config, dataset=few_digits, shown=False)

@@ -57,7 +57,8 @@ def test_the_gpu_comparison_runs_at_toy_size(tmp_path, capsys):
         assert calls < 60
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [row["method"].split(":")[0] for row in found["rows"]] == [
-        "natural", "pgd-10", "free-8", "fgsm-rs", "n-fgsm", "fgsm-mep", "trades-10", "yopo-5-3", "yopo-2-2",
+        "natural", "pgd-10", "free-8", "fgsm-rs", "n-fgsm", "fgsm-rs-cs", "fgsm-pgi", "fgsm-mep", "liet", "trades-10",
+        "yopo-5-3", "yopo-2-2",
         "trades-yopo-3-4",
     ]  # fmt: skip
     assert found["environment"]["packages"]["torch"]
