@@ -87,7 +87,7 @@ class TrainConfig:
     lr: float | None = option(None, "highest learning rate")
     momentum: float = option(0.9, "SGD momentum")
     weight_decay: float = option(5e-4, "L2 penalty, on every parameter")
-    schedule: Literal["triangular", "cosine", "piecewise", "constant"] = option(
+    schedule: Literal["triangular", "cosine", "one-cycle", "piecewise", "constant"] = option(
         "triangular", "learning rate over the run"
     )
     milestones: tuple[float, ...] = option((), "piecewise schedule: fractions of the run, comma separated")
