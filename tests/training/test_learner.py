@@ -8,7 +8,7 @@ from torch import nn
 
 from yopo_ext.training.adversaries import PgdAttack
 from yopo_ext.training.alarms import training_alarm
-from yopo_ext.training.config import TrainConfig
+from yopo_ext.training.config import TrainConfig, resolve
 from yopo_ext.training.data import Batch
 from yopo_ext.training.evaluation import evaluate
 from yopo_ext.training.models import MODELS, ModelEntry
@@ -43,6 +43,36 @@ def test_average_follows_weights_and_statistics(few_digits, net_with_norm):
     for name in ("0.weight", "1.weight", "1.running_mean", "1.running_var", "4.bias"):
         torch.testing.assert_close(found[name], expected[name])
         assert not torch.equal(found[name], learner.module.state_dict()[name])
+
+
+def test_an_average_spans_a_fraction_of_the_updates(few_digits, net_with_norm):
+    """The weight of update s in the average after update t is 1 / (1 + c s) times what later updates left of it."""
+    config = TrainConfig(method="natural", model=net_with_norm, average=0.25, batch_size=20)
+    trainer = Trainer(config, dataset=few_digits, shown=False)
+    seen = []
+    for number, batch in enumerate(trainer.source.epoch(0)):
+        trainer.learner.step(batch, number, lr=0.1)
+        seen.append(trainer.learner.module[0].weight.detach().clone())
+    shares = [1.0] + [1 / (1 + 0.25 * t) for t in range(2, len(seen) + 1)]
+    expected = sum(
+        share * torch.tensor([1.0 - later for later in shares[s + 1 :]]).prod() * weight
+        for s, (share, weight) in enumerate(zip(shares, seen, strict=True))
+    )
+    torch.testing.assert_close(trainer.learner.result[0].weight.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "average", "smoothing"),
+    [
+        ({}, 0.05, 0.4),
+        ({"ema": 0.99}, 0.0, 0.4),
+        ({"average": 0.0, "label_smoothing": 0.0}, 0.0, 0.0),
+        ({"dataset": "mnist"}, 0.0, 0.0),
+    ],
+)
+def test_cifar_averages_and_smooths_by_default(options, average, smoothing):
+    config, _ = resolve(TrainConfig(**{"dataset": "cifar10", **options}))
+    assert (config.average, config.label_smoothing) == (average, smoothing)
 
 
 def test_the_averaged_model_is_what_is_validated_and_returned(few_digits, net_with_norm):
@@ -216,6 +246,13 @@ def test_alarms_of_training(clean, pgd, train, alarm):
     assert training_alarm({"validation_clean": 15.0, "validation_pgd": 15.0}, record, 10) is None  # near chance
     found = training_alarm({"validation_clean": 95.0, "validation_pgd": 50.0}, record, 10)
     assert found is None if alarm is None else re.search(alarm, found)
+
+
+def test_the_alarm_of_an_attack_that_loses_its_way():
+    record = {"train_accuracy": 50.0, "alignment": 0.1}
+    assert training_alarm({"alignment": 0.19}, record, 10) is None
+    assert "fell from 0.30 to 0.10" in training_alarm({"alignment": 0.3}, record, 10)
+    assert training_alarm({"alignment": 0.3}, {"train_accuracy": 50.0}, 10) is None
 
 
 def test_a_collapse_is_recorded(few_digits, tmp_path):

@@ -12,6 +12,8 @@ from yopo_ext.training.models import MODELS, WideResNet, build_model, robustbenc
 DEFINITIONS = {
     "smallcnn": ("feature_extractor.conv1.weight", "classifier.fc3.bias", 14, 312_202),
     "preactresnet18": ("conv1.weight", "linear.bias", None, 11_171_146),
+    "resnet18": ("conv1.weight", "linear.bias", 122, 11_173_962),
+    "preactresnet8": ("conv1.weight", "linear.bias", None, 173_986),
     "wrn-34-10": ("conv1.weight", "fc.bias", None, 46_160_474),
 }
 

@@ -37,7 +37,7 @@ def test_released_schedule_drops_where_the_paper_says(monkeypatch):
 def test_the_gpu_comparison_names_every_method(monkeypatch):
     from yopo_ext.training.methods import METHODS, parse
 
-    runs = configurations(FOLDER / "bench-training-gpu.yaml", monkeypatch)
+    runs = configurations(FOLDER / "fastat-resnet18.yaml", monkeypatch)
     assert {parse(run.method).name for run in runs} == set(METHODS)
     assert all(run.stop_after == 480 and run.resume == "auto" for run in runs)
 
@@ -50,14 +50,14 @@ def test_the_gpu_comparison_runs_at_toy_size(tmp_path, capsys):
         "--seeds", "0", "--test-samples", "20", "--validation-size", "20", "--validation-steps", "1", "--no-compile",
         "--test-attacks", "pgd-2,pgd-2-2", "--stop-after", "5", "--threads", "1", "--accelerator", "cpu",
     ]  # fmt: skip
-    command = ["compare", "--config", str(FOLDER / "bench-training-gpu.yaml"), "--out", str(tmp_path / "out"), *toy]
+    command = ["compare", "--config", str(FOLDER / "fastat-resnet18.yaml"), "--out", str(tmp_path / "out"), *toy]
     calls = 1
     while cli.main(command) == cli.UNFINISHED:
         calls += 1
         assert calls < 60
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert [row["method"].split(":")[0] for row in found["rows"]] == [
-        "natural", "pgd-10", "free-8", "fgsm-rs", "n-fgsm", "fgsm-mep", "trades-10", "yopo-5-3", "yopo-2-2",
-        "trades-yopo-3-4",
+        "natural", "fgsm-rs", "n-fgsm", "fgsm-rs-cs", "fgsm-pgi", "fgsm-mep", "liet", "pgd-10", "pgd-10", "free-8", "trades-10",
+        "yopo-5-3", "yopo-2-1", "yopo-2-2", "trades-yopo-3-4",
     ]  # fmt: skip
     assert found["environment"]["packages"]["torch"]

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from yopo_ext.training.schedules import SCHEDULES, make_schedule
 
@@ -10,6 +11,19 @@ def test_shapes():
     assert [cosine(p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
     assert [piecewise(p) for p in (0, 0.49, 0.5, 0.75)] == pytest.approx([1, 1, 0.1, 0.01])
     assert constant(0.3) == 1
+
+
+def test_one_cycle_is_pytorchs():
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=101)
+    ours = make_schedule("one-cycle")
+    for step in range(101):
+        # Its two parts meet at step 29.3 of 100; ours at 30.
+        assert ours(step / 100) == pytest.approx(optimizer.param_groups[0]["lr"], abs=0.03)
+        optimizer.step()
+        theirs.step() if step < 100 else None
+    assert [ours(p) for p in (0, 0.3, 1)] == pytest.approx([0.04, 1, 0])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

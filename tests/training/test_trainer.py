@@ -145,6 +145,8 @@ def test_defaults_come_from_the_data_set_and_the_method():
         ({"lr": -1.0}, "lr must be in"),
         ({"momentum": 1.0}, "momentum must be in"),
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),
+        ({"average": 1.0}, r"average must be in \[0, 1\)"),
+        ({"average": 0.1, "ema": 0.9}, "average must be 0 with ema"),
         ({"schedule": "linear"}, "schedule must be one of"),
         ({"milestones": (2.0,)}, "milestones must be"),
         ({"time_budget": 0.0}, "time_budget must be > 0"),

@@ -9,14 +9,15 @@ def training_alarm(highest: Mapping[str, float], record: Mapping[str, float], cl
     """What is wrong with an epoch, if anything.
 
     Args:
-        highest: the best validation accuracies (percent) of the epochs before; empty in the first.
-        record: `validation_clean`, `validation_pgd` and `train_accuracy` (on the training attack) of the epoch.
+        highest: the best validation accuracies (percent) and alignment of the epochs before; empty in the first.
+        record: `train_accuracy` (on the training attack) of the epoch, and what it has of `validation_clean`,
+            `validation_pgd` and `alignment` (`Outcome.alignment`, mean over the epoch).
         classes: accuracy by chance is 100 / classes.
     """
     chance = 100.0 / classes
 
     def halved(name: str) -> bool:
-        return highest.get(name, 0.0) > 2 * chance and record[name] < 0.5 * highest[name]
+        return name in record and highest.get(name, 0.0) > 2 * chance and record[name] < 0.5 * highest[name]
 
     if halved("validation_clean"):
         fell = f"from {highest['validation_clean']:.1f} % to {record['validation_clean']:.1f} %"
@@ -26,5 +27,11 @@ def training_alarm(highest: Mapping[str, float], record: Mapping[str, float], cl
         return (
             f"catastrophic overfitting: PGD accuracy on validation fell {fell} while the training attack is met with "
             f"{record['train_accuracy']:.1f} %; try more attack steps or a smaller step"
+        )
+    if "alignment" in record and record["alignment"] < 0.5 * highest.get("alignment", 0.0):
+        fell = f"from {highest['alignment']:.2f} to {record['alignment']:.2f}"
+        return (
+            f"the attack loses its way: the cosine between the signs of its last gradient and of the training pass's fell "
+            f"{fell}; catastrophic overfitting may follow: try a smaller step or more passes"
         )
     return None

@@ -31,6 +31,7 @@ OWN_OPTIONS: dict[str, type[int] | type[float]] = {
     "weight_decay": float,
     "time_budget": float,
     "ema": float,
+    "average": float,
     "label_smoothing": float,
 }
 

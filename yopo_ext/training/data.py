@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from yopo_ext.training.augment import Augmentation, Placement
 from yopo_ext.training.image_files import ImageFiles
+
+Frame = Literal["image", "input"]
 
 
 @dataclass(frozen=True)
@@ -92,24 +95,34 @@ class Batch:
     y: Tensor  # int64 [B]
     index: Tensor  # int64 [B], position in the training split
     placement: Placement | None  # how each image was augmented; None: not at all
+    epoch: int = 0  # which the batch belongs to
+    number: int = 0  # of the batch in its epoch
 
 
 class PerSample:
-    """One image-shaped tensor per training sample, kept across epochs in the frame of the unaugmented image."""
+    """One image-shaped tensor per training sample, kept across epochs.
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values  # [N, C, H, W]
+    In the frame of the unaugmented image (`frame="image"`) it moves with the image when that is cropped and mirrored. In
+    the frame of the network's input ("input") it lies where it lay, whatever part of the image is there now.
+    """
+
+    def __init__(self, values: Tensor, frame: Frame = "image") -> None:
+        self.values, self.frame = values, frame  # [N, C, H, W]
 
     def get(self, batch: Batch) -> Tensor:
         """The batch's tensors [B, C, H, W], moved as its images were; zero where an image was padded."""
-        kept = self.values[batch.index]
-        return kept if batch.placement is None else batch.placement.apply(kept)
+        kept, placement = self.values[batch.index], self._placement(batch)
+        return kept if placement is None else placement.apply(kept)
 
     def put(self, batch: Batch, values: Tensor) -> None:
         """Keep these; what an augmentation moved out of sight stays as it was."""
-        if batch.placement is not None:
-            values = batch.placement.undo(values, self.values[batch.index])
+        placement = self._placement(batch)
+        if placement is not None:
+            values = placement.undo(values, self.values[batch.index])
         self.values[batch.index] = values
+
+    def _placement(self, batch: Batch) -> Placement | None:
+        return batch.placement if self.frame == "image" else None
 
 
 class SplitSource:
@@ -150,7 +163,7 @@ class SplitSource:
                 generator.manual_seed(mix_seed(self.seed, self.rank, epoch, b))
                 placement = self.augmentation.draw(len(index), generator, device)
                 x = placement.apply(x)
-            yield Batch(x, self.split.labels[index], index, placement)
+            yield Batch(x, self.split.labels[index], index, placement, epoch, b)
 
 
 def mix_seed(*parts: int) -> int:

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from yopo_ext import attacks
 from yopo_ext.training.config import TrainConfig, threat_model
 from yopo_ext.training.data import Batch, Dataset, PerSample, mix_seed
-from yopo_ext.training.methods import Method, Outcome
+from yopo_ext.training.methods import Method, Outcome, Start
 from yopo_ext.training.models import build_model
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class FabricLearner:
         assert config.lr is not None
         self.config, self.method, self.dataset, self.fabric = config, method, dataset, fabric
         self.device = fabric.device
-        self.threat = threat_model(config)
+        self.threat, self.classes = threat_model(config), dataset.classes
         channels = dataset.shape[0]
         if len(config.mean) not in (0, 1, channels):
             raise ValueError(f"mean must have one value or one per channel ({channels}); got {list(config.mean)}")
@@ -50,14 +50,18 @@ class FabricLearner:
             self.network = torch.compile(self.module)  # type: ignore[assignment]
             self.replica = self.network if self.replica is self.module else torch.compile(self.replica)  # type: ignore[assignment]
         self.average: AveragedModel | None = None
-        if config.ema is not None:
+        if config.ema is not None or config.average:
             # Buffers too: BatchNorm's statistics must be those of the averaged weights, not of the last ones.
-            self.average = AveragedModel(self.module, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+            self.average = AveragedModel(self.module, multi_avg_fn=self._follow, use_buffers=True)
         self.generator = torch.Generator(self.device)
-        self.kept = {name: self._first_kept(name) for name in method.keeps}
+        self.kept = {name: PerSample(self._start(start, 0), method.frame) for name, start in method.keeps.items()}
         self.carried: dict[str, Tensor] = {}
         self.processes: list[Any] = []  # what each process has for itself, as of the last `collect`
         self.updates = 0
+        self.progress = 0.0
+        self.inputs: list[Tensor] = []
+        if method.watches_inputs:
+            self.replica.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0].detach()))
 
     def forward(self, x: Tensor) -> Tensor:
         with self.autocast():
@@ -68,6 +72,7 @@ class FabricLearner:
             return self.network(self._normalised(x)).float()
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        assert self.config.label_smoothing is not None
         return F.cross_entropy(logits.float(), y, label_smoothing=self.config.label_smoothing)
 
     def backward(self, loss: Tensor) -> None:
@@ -85,6 +90,18 @@ class FabricLearner:
         self.updates += 1
         if self.average is not None:
             self.average.update_parameters(self.module)
+
+    def _follow(self, averaged: Any, current: Any, number: Any) -> None:
+        """The average with the weights of update t: w <- w + (theta_t - w) / (1 + c t), or with the constant decay.
+
+        A weight of 1 / (1 + c t) spans a fraction c of the updates so far: it needs no warm-up, in which the first weights
+        would weigh too much, and it does not have to know how many updates will follow.
+        """
+        decay = self.config.ema
+        if decay is None:
+            assert self.config.average is not None
+            decay = 1.0 - 1.0 / (1.0 + self.config.average * self.updates)
+        get_ema_multi_avg_fn(decay)(averaged, current, number)
 
     def attack(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
         options = {**dataclasses.asdict(self.threat), "generator": self.generator, **options}
@@ -104,6 +121,10 @@ class FabricLearner:
         torch.manual_seed(seed)  # dropout
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        if batch.number == 0 and self.method.restarts(batch.epoch):
+            for name, start in self.method.keeps.items():
+                self.kept[name].values.copy_(self._start(start, batch.epoch))
+        self.inputs.clear()
         if self.config.channels_last:
             batch = dataclasses.replace(batch, x=batch.x.contiguous(memory_format=self.memory_format))
         return self.method.train(self, batch)
@@ -177,14 +198,19 @@ class FabricLearner:
         self.carried = {name: value.to(self.device) for name, value in own["carried"].items()}
         self.updates = state["updates"]
 
-    def _first_kept(self, name: str) -> PerSample:
+    def _start(self, start: Start, epoch: int) -> Tensor:
+        """The first values of what is kept of every sample, [N, C, H, W], when it starts with this epoch."""
         train, threat = self.dataset.train, self.threat
-        if name != "perturbation":
-            return PerSample(torch.zeros(train.images.shape, device=self.device))
-        generator = torch.Generator(self.device).manual_seed(mix_seed(self.config.seed, 2))
+        if start == "zero":
+            return torch.zeros(train.images.shape, device=self.device)
+        seed = mix_seed(self.config.seed, 2, *([epoch] if epoch else []))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        if start == "corners":
+            draw = torch.rand(train.images.shape, device=self.device, generator=generator)
+            return torch.where(draw < 0.5, -threat.eps, threat.eps)
         parts = train.stream(torch.arange(len(train), device=self.device).split(4096))
         balls = (attacks.AdmissibleSet(x, threat.eps, threat.norm, threat.bounds) for x in parts)
-        return PerSample(torch.cat([ball.uniform(generator) for ball in balls]))
+        return torch.cat([ball.uniform(generator) for ball in balls])
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self.threat.mean is None or self.threat.std is None:

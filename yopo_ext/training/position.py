@@ -19,7 +19,7 @@ class Position:
     seconds: float = 0.0
     compile_seconds: float = 0.0
     peak_memory: float | None = None
-    totals: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, correct, samples
+    totals: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 4)  # loss, correct, samples, alignment
     selected: dict[str, float] | None = None  # validation of the weights that are the result so far
     highest: dict[str, float] = dataclasses.field(default_factory=dict)  # validation accuracies, by name
     curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (seconds, validation PGD accuracy)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 SCHEDULES: dict[str, str] = {
     "triangular": "0 to the full rate at mid-run and back to 0: few epochs suffice",
     "cosine": "half a cosine from the full rate to 0",
+    "one-cycle": "half a cosine from 1/25 of the rate to it in 0.3 of the run, then one to 0",
     "piecewise": "x0.1 at each milestone: what the older papers used",
     "constant": "for debugging",
 }
@@ -38,6 +39,11 @@ def make_schedule(name: str, milestones: Sequence[float] = (), warmup: float = 0
             shape = 1.0 - abs(2.0 * progress - 1.0)
         elif name == "cosine":
             shape = 0.5 * (1.0 + math.cos(math.pi * progress))
+        elif name == "one-cycle":
+            rising = progress < 0.3
+            share = progress / 0.3 if rising else (1.0 - progress) / 0.7  # of the way up
+            lowest = 0.04 if rising else 0.0
+            shape = lowest + (1.0 - lowest) * 0.5 * (1.0 - math.cos(math.pi * share))
         elif name == "piecewise":
             shape = 0.1 ** sum(progress >= milestone for milestone in milestones)
         else:

@@ -126,6 +126,12 @@ class Trainer:
         assert self.config.epochs is not None
         return (self.at.batches + ahead) / (self.config.epochs * self.source.batches)
 
+    def _progress_after_epoch(self) -> float:
+        if self.config.time_budget is not None:
+            return self.progress()
+        assert self.config.epochs is not None
+        return (self.at.epoch + 1) / self.config.epochs
+
     def lr(self) -> float:
         """The learning rate of the batch to come."""
         assert self.config.lr is not None
@@ -145,10 +151,12 @@ class Trainer:
         for batch in self.source.epoch(self.at.epoch, self.at.batch):
             if self.progress() >= 1.0:
                 break
+            self.learner.progress = self._progress_after_epoch()
             outcome = self.learner.step(batch, self.at.batches, self.lr())
-            count = len(batch.y)
+            count = totals.new_tensor(len(batch.y))
             correct = (outcome.logits.argmax(1) == batch.y).sum()
-            totals += torch.stack([outcome.loss.double() * count, correct, totals.new_tensor(count)])
+            alignment = torch.zeros_like(count) if outcome.alignment is None else outcome.alignment * count
+            totals += torch.stack([outcome.loss.double() * count, correct, count, alignment])
             self.at.batches += 1
             self.at.batch += 1
             progress.advance()
@@ -171,9 +179,9 @@ class Trainer:
     def _end_epoch(self) -> dict[str, Any]:
         """Validate where it is due; returns the epoch's record."""
         lr = self.learner.optimizer.param_groups[0]["lr"]
-        loss, correct, count = self.at.totals
+        loss, correct, count, alignment = self.at.totals
         self.at.epoch += 1
-        self.at.batch, self.at.totals = 0, [0.0, 0.0, 0.0]
+        self.at.batch, self.at.totals = 0, [0.0] * 4
         record: dict[str, Any] = {
             "epoch": self.at.epoch,
             "updates": self.learner.updates,
@@ -182,22 +190,23 @@ class Trainer:
             "train_loss": loss / max(count, 1.0),
             "train_accuracy": 100.0 * correct / max(count, 1.0),
         }
+        if self.method.watches_inputs:
+            record["alignment"] = alignment / max(count, 1.0)
         self.learner.synchronise()
         if self.progress() >= 1.0 or self.at.epoch % (self.config.validate_every or 1) == 0:
             record |= self._validate()
-            alarm = None
-            if self.method.selects_by == "robust":
-                alarm = training_alarm(self.at.highest, record, self.dataset.classes)
-            if alarm is not None:
-                record["alarm"] = alarm
-            for name in ("validation_clean", "validation_pgd"):
-                self.at.highest[name] = max(record[name], self.at.highest.get(name, 0.0))
             self.at.curve.append((record["seconds"], record["validation_pgd"]))
             if self._is_selected(record):
                 found = {name: value for name, value in record.items() if name.startswith("validation_")}
                 self.at.selected = {**found, "epoch": record["epoch"]}
                 self.selected = {k: v.detach().clone() for k, v in self.learner.result.state_dict().items()}
                 self._save_model()
+        if self.method.selects_by == "robust":
+            alarm = training_alarm(self.at.highest, record, self.dataset.classes)
+            if alarm is not None:
+                record["alarm"] = alarm
+        for name in {"validation_clean", "validation_pgd", "alignment"} & record.keys():
+            self.at.highest[name] = max(record[name], self.at.highest.get(name, 0.0))
         return record
 
     def _validate(self) -> dict[str, float]:

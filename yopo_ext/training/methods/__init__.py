@@ -7,10 +7,13 @@ import types
 import typing
 from typing import Any
 
-from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, ThreatModel
+from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, Start, ThreatModel
 from yopo_ext.training.methods.fgsm_mep import FgsmMep
+from yopo_ext.training.methods.fgsm_pgi import FgsmPgi
 from yopo_ext.training.methods.fgsm_rs import FgsmRs
+from yopo_ext.training.methods.fgsm_rs_cs import FgsmRsCs
 from yopo_ext.training.methods.free import Free
+from yopo_ext.training.methods.liet import Liet
 from yopo_ext.training.methods.n_fgsm import NFgsm
 from yopo_ext.training.methods.natural import Natural
 from yopo_ext.training.methods.pgd import Pgd
@@ -19,7 +22,7 @@ from yopo_ext.training.methods.trades_yopo import TradesYopo
 from yopo_ext.training.methods.yopo import Yopo
 from yopo_ext.training.numbers import parse_number
 
-__all__ = ["METHODS", "Cost", "Learner", "Method", "Outcome", "ThreatModel", "make", "option_fields", "parse"]
+__all__ = ["METHODS", "Cost", "Learner", "Method", "Outcome", "Start", "ThreatModel", "make", "option_fields", "parse"]
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
@@ -29,7 +32,10 @@ METHODS: dict[str, type[Method]] = {
         Free,  # every pass updates weights and perturbation: the nearest relative of YOPO-m-1
         FgsmRs,  # one attack step: the cheapest that works, until it overfits
         NFgsm,  # one attack step that does not overfit, for the same price
-        FgsmMep,  # one attack step with memory: the strongest of the cheap ones
+        FgsmRsCs,  # one attack step, and a loss that may not jump from epoch to epoch
+        FgsmPgi,  # one attack step with memory, as its authors define it: among the strongest of the cheap ones
+        FgsmMep,  # a variant of it: momentum of signs, perturbations that move with the image, the run's own labels
+        Liet,  # one attack step from the label's own pattern
         Trades,  # trades clean accuracy for robustness by a weight; the strongest of the dear ones
         Yopo,  # this package: adversary steps in the first layer only
         TradesYopo,  # the same adversary under the TRADES loss
@@ -95,7 +101,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
         return value
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        if value is None or value == "none":
+        if value is None or str(value).lower() == "none":
             return None
         (hint,) = (h for h in typing.get_args(hint) if h is not type(None))
     if hint is bool:

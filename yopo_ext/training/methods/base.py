@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.modes import evaluating
-from yopo_ext.training.data import Batch, PerSample
+from yopo_ext.training.data import Batch, Frame, PerSample
 
 BNMode = Literal["eval", "train"]
+Start = Literal["zero", "uniform", "corners"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,12 @@ class Learner(Protocol):
     )  # the model whose backward reduces gradients over the processes; `network` if there is one process
     first_layer: str | None
     threat: ThreatModel
+    classes: int
     generator: torch.Generator  # seeded afresh for every batch
     kept: dict[str, PerSample]  # what the method keeps of every training sample: `Method.keeps`
     carried: dict[str, Tensor]  # what the method hands from one batch to the next
+    progress: float  # how much of the run will be done when the epoch under way ends, 0..1
+    inputs: list[Tensor]  # what `replica` was called with for this batch, if `Method.watches_inputs`
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, classes] of pixels x [B, C, H, W], through `replica`, at the run's precision."""
@@ -87,6 +91,7 @@ class Outcome:
 
     loss: Tensor
     logits: Tensor
+    alignment: Tensor | None = None  # agreement of the attack's gradient signs with those of the training pass, -1..1
 
 
 def option(default: Any, help: str) -> Any:
@@ -122,9 +127,27 @@ class Method:
         return 1.0
 
     @property
-    def keeps(self) -> tuple[str, ...]:
-        """Names of the tensors in `Learner.kept`; "perturbation" starts uniform in the ball, others at zero."""
-        return ()
+    def keeps(self) -> dict[str, Start]:
+        """Names of the tensors in `Learner.kept`, and how each starts.
+
+        "uniform": in the admissible ball; "corners": at -eps or +eps per value, not projected on the pixel bounds.
+        """
+        return {}
+
+    @property
+    def watches_inputs(self) -> bool:
+        """Whether `Learner.inputs` is wanted."""
+        return False
+
+    def restarts(self, epoch: int) -> bool:
+        """Whether what is kept starts afresh with this epoch (the first has number 0)."""
+        every = getattr(self, "reset_every", None)
+        return every is not None and epoch > 0 and epoch % every == 0
+
+    @property
+    def frame(self) -> Frame:
+        """The frame of what is kept: see `PerSample`."""
+        return "image"
 
     @property
     def spec(self) -> str:
@@ -151,6 +174,11 @@ def logits_before(learner: Learner, x: Tensor, bn_mode: BNMode) -> Tensor:
     """The model's logits at x without a graph, in the attack's mode: one forward."""
     with evaluating(learner.network) if bn_mode == "eval" else nullcontext():
         return learner.predict(x)
+
+
+def require_linf(name: str, threat: ThreatModel) -> None:
+    if threat.norm != "linf":
+        raise ValueError(f"norm must be 'linf' for method {name!r}; got {threat.norm!r}")
 
 
 def default_step(step_size: float | None, threat: ThreatModel, fraction: float) -> float:

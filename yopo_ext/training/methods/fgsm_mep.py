@@ -1,4 +1,4 @@
-"""FGSM-MEP (Jia et al., 2022): one step from the momentum of the sample's past perturbations, with a regulariser.
+"""FGSM-MEP, a variant of `fgsm-pgi`: one step from the momentum of the sample's past perturbations, with a regulariser.
 
 Per sample, across epochs: the momentum mu of gradient signs, and the start s. With g = sign(dL/d eta) at s,
 
@@ -17,7 +17,17 @@ import torch.nn.functional as F
 
 from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.training.data import Batch
-from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, ThreatModel, default_step, option
+from yopo_ext.training.methods.base import (
+    Cost,
+    Learner,
+    Method,
+    Outcome,
+    Start,
+    ThreatModel,
+    default_step,
+    option,
+    require_linf,
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,7 @@ class FgsmMep(Method):
 
     def check(self, threat: ThreatModel) -> None:
         super().check(threat)
-        if threat.norm != "linf":
-            raise ValueError(f"norm must be 'linf' for method {self.name!r}; got {threat.norm!r}")
+        require_linf(self.name, threat)
 
     @property
     def lr_scale(self) -> float:
@@ -48,8 +57,8 @@ class FgsmMep(Method):
         return Cost(2, 3, 2)
 
     @property
-    def keeps(self) -> tuple[str, ...]:
-        return ("perturbation", "momentum")
+    def keeps(self) -> dict[str, Start]:
+        return {"perturbation": "uniform", "momentum": "zero"}
 
     def train(self, learner: Learner, batch: Batch) -> Outcome:
         x, threat = batch.x, learner.threat

@@ -16,6 +16,7 @@ from yopo_ext.training.methods.base import (
     ThreatModel,
     default_step,
     option,
+    require_linf,
     train_on,
 )
 
@@ -34,8 +35,7 @@ class NFgsm(Method):
 
     def check(self, threat: ThreatModel) -> None:
         super().check(threat)
-        if threat.norm != "linf":
-            raise ValueError(f"norm must be 'linf' for method {self.name!r}; got {threat.norm!r}")
+        require_linf(self.name, threat)
 
     def cost(self) -> Cost:
         return Cost(2, 2, 1)

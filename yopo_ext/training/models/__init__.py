@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from yopo_ext.modes import evaluating
-from yopo_ext.training.models.preactresnet import PreActResNet, preactresnet18
+from yopo_ext.training.models.preactresnet import PreActResNet, preactresnet8, preactresnet18
+from yopo_ext.training.models.resnet import ResNet, resnet18
 from yopo_ext.training.models.small import SmallCNN, digits_cnn
 from yopo_ext.training.models.wideresnet import WideResNet
 from yopo_ext.training.vision import import_torchvision
@@ -19,6 +20,7 @@ __all__ = [
     "MODELS",
     "ModelEntry",
     "PreActResNet",
+    "ResNet",
     "SmallCNN",
     "WideResNet",
     "build_model",
@@ -49,6 +51,8 @@ MODELS: dict[str, ModelEntry] = {
     "preactresnet18": ModelEntry(
         preactresnet18, "conv1", "resnet.PreActResNet(resnet.PreActBlockV2, [2, 2, 2, 2], num_classes={})"
     ),
+    "resnet18": ModelEntry(resnet18, "conv1", "resnet.ResNet(resnet.BasicBlock, [2, 2, 2, 2], num_classes={})"),
+    "preactresnet8": ModelEntry(preactresnet8, "conv1"),  # the same idea for natural images on a CPU
 }
 _WIDE = re.compile(r"wrn-(\d+)-(\d+)")
 
