@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fault_rows import COMPILED, INDUCTOR, TWO_PROCESSES, Setting, seed
+from fault_rows import COMPILED, INDUCTOR, ORACLE, TWO_PROCESSES, Setting, seed
 from torch import Tensor, nn
 
-from yopo_ext import yopo_step
+from yopo_ext import trades_yopo_step, yopo_step
 
 EPS, SIGMA = 0.1, 0.03
 CLASSES = 5
@@ -110,7 +110,7 @@ def same(name: str, mine: Any, expected: Any, rtol: float = 1e-9, atol: float = 
 
 def same_model(
     setting: Setting, mine: nn.Module, theirs: nn.Module, *, factors: dict[str, float] | None = None,
-    rtol: float = 1e-9, atol: float = 1e-11,
+    buffers: bool = True, rtol: float = 1e-9, atol: float = 1e-11,
 ) -> None:  # fmt: skip
     """Both have the same gradients (theirs averaged over processes, times `factors`) and buffers."""
     names = [name for name, _ in theirs.named_parameters()]
@@ -120,7 +120,7 @@ def same_model(
         for name, gradient in zip(names, expected, strict=True):
             factor = (factors or {}).get(name, 1.0)
             same(f"{name}.grad", ours[name].grad, None if gradient is None else factor * gradient, rtol, atol)
-        if setting.rank == 0:  # DistributedDataParallel sends the buffers of rank 0 to the others
+        if buffers and setting.rank == 0:  # DistributedDataParallel sends the buffers of rank 0 to the others
             same_buffers(mine, theirs, rtol, atol)
 
 
@@ -157,12 +157,13 @@ def untouched(model: nn.Module, buffers: bool = True) -> Iterator[None]:
 
 
 def plain_passes(
-    model: nn.Module, x: Tensor, y: Any, loss_fn: Callable[[Any, Any], Tensor], m: int = 1, forward: Forward = call
-) -> Tensor:
+    model: nn.Module, x: Tensor, y: Any, loss_fn: LossFunction, m: int = 1, forward: Forward = call,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+) -> Tensor:  # fmt: skip
     """m ordinary training passes without an adversary: gradients add up."""
     for _ in range(m):
         loss = loss_fn(forward(model, x), y)
-        loss.backward()
+        backward(loss)
     return loss.detach()
 
 
@@ -252,7 +253,7 @@ def definition(
         loss = loss_fn(output, y)
         (scale * loss).backward()
         p, losses = recorded["leaf"].grad, [*losses, loss.detach()]
-        if gradient in ("full", "released"):
+        if gradient in ("full", "released") and recorded["hidden"].requires_grad:
             recorded["hidden"].backward(p, retain_graph=True)
         still = copy.deepcopy(chain)
         still.freeze(x + eta)
@@ -294,7 +295,9 @@ def agrees(
     images: Callable[[Tensor, int], Tensor] = lambda x, k: x, prepare: Callable[[Tensor], Tensor] = lambda u: u,
     given: Callable[[Tensor], Tensor] = lambda u: u, forward: Forward = call, channels: int = 3,
     rtol: float = 1e-9, atol: float = 1e-11, compare: dict[str, Any] | None = None,
-    wrap: Callable[[nn.Module], nn.Module] = lambda model: model, buffers_on_error: bool = True, **options: Any,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model, buffers_on_error: bool = True,
+    plain_input: Callable[[Tensor], Tensor] = lambda x: x, plain_backward: Callable[[Tensor], Any] = Tensor.backward,
+    start: Callable[[Tensor, Tensor], Tensor] = lambda x, eta: torch.clamp(x + eta, 0, 1) - x, **options: Any,
 ) -> Callable[[Setting], None]:  # fmt: skip
     """A row's `run`: `steps` steps on a model and on its twin, compared after each.
 
@@ -303,15 +306,35 @@ def agrees(
     refused_from: the first step in which an error is no fault.
     kinds: "plain" (eps = 0, one pass), "sum" (eps = 0, two passes), "released" (eps = 0, the first layer's gradient
     twice), "full" (eps = 0) and "definition" (two passes of two inner steps at eps > 0).
+    In the setting ORACLE the definition at eps = 0 is compared with plain passes.
     options: given to yopo_step. compare: what the definition gets besides.
     """
 
     def run(setting: Setting) -> None:
+        if setting.name == ORACLE:
+            itself()
+            return
         wanted = kinds or (("plain", "sum", "released", "full", "definition") if layers else ("plain", "sum", "full"))
         if setting.name in (COMPILED, INDUCTOR, TWO_PROCESSES):
             wanted = wanted[:1] if kinds else ["definition" if layers else "sum"]
         for kind in wanted:
             one(setting, kind)
+
+    def itself() -> None:
+        theirs, plain = make(), make()
+        for k in range(steps if layers else 0):
+            change(theirs, k), change(plain, k)
+            x, y, _ = batch(k, channels=channels)
+            x = images(x, k)
+            theirs.zero_grad(), plain.zero_grad()
+            seed(17 + k)
+            definition(
+                theirs, layers, x, y, 0 * x, m=1, eps=0.0, step_size=0.0, gradient="full", prepare=prepare, given=given,
+                loss_fn=loss(theirs), forward=forward,
+            )  # fmt: skip
+            seed(17 + k)
+            plain_passes(plain, given(x), y, loss(plain), 1, forward)
+            same_model(Setting(ORACLE), theirs, plain, rtol=rtol, atol=atol)
 
     def one(setting: Setting, kind: str) -> None:
         ours, theirs = make(), make()
@@ -331,7 +354,7 @@ def agrees(
                    "released": {"outer_steps": 1, "gradient": "released"},
                    "full": {"outer_steps": 1, "gradient": "full"}, "definition": {"outer_steps": 2}}[kind]  # fmt: skip
             if kind == "definition":
-                eta = torch.clamp(x + eta, 0, 1) - x
+                eta = start(x, eta)
                 size = {"eps": EPS, "step_size": SIGMA, "init": eta}
             else:
                 size = {"eps": 0.0, "step_size": 0.0, "init": "zero"}
@@ -349,14 +372,20 @@ def agrees(
                 raise
             seed(17 + k)
             here = f"{kind}, step {k}: "
-            settings = {name: options[name] for name in ("eps", "step_size", "bounds", "norm") if name in options}
+            settings = {
+                name: options[name] for name in ("eps", "step_size", "bounds", "norm", "gradient") if name in options
+            }
             if kind == "definition":
                 eta, losses = definition(
                     theirs, layers, x, y, eta, prepare=prepare, given=given, loss_fn=loss_theirs, forward=forward,
                     **(settings | (compare or {})),
                 )  # fmt: skip
             else:
-                losses = [plain_passes(theirs, given(x), y, loss_theirs, how["outer_steps"], forward)]
+                losses = [
+                    plain_passes(
+                        theirs, plain_input(given(x)), y, loss_theirs, how["outer_steps"], forward, plain_backward
+                    )
+                ]
             with setting.together():
                 same(f"{here}loss", result.loss, losses[-1].to(result.loss.dtype), rtol, atol)
                 if kind == "definition":
@@ -370,5 +399,45 @@ def agrees(
                 same_model(setting, ours, theirs, factors=factors, rtol=rtol, atol=atol)
             except AssertionError as error:
                 raise AssertionError(f"{here}{error}") from None
+
+    run.by_definition = bool(layers)  # type: ignore[attr-defined]
+    return run
+
+
+def trades_agrees(
+    make: Make, *, first_layer: Any = "first", change: Callable[[nn.Module, int], Any] = lambda model, k: None,
+    steps: int = 2, refused_from: int = 0, loss: Callable[[Any], LossFunction] = lambda model: F.cross_entropy,
+    images: Callable[[Tensor, int], Tensor] = lambda x, k: x, given: Callable[[Tensor], Tensor] = lambda u: u,
+    forward: Forward = call, channels: int = 3, wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    buffers_on_error: bool = True, **options: Any,
+) -> Callable[[Setting], None]:  # fmt: skip
+    """A row's `run` for trades_yopo_step: at eps = 0 its divergence has no gradient, what is left is a plain pass."""
+
+    def run(setting: Setting) -> None:
+        ours, theirs = make(), make()
+        wrapped, loss_ours, loss_theirs = setting.wrap(wrap(ours)), loss(ours), loss(theirs)
+        named = first_layer(ours) if callable(first_layer) and not isinstance(first_layer, nn.Module) else first_layer
+        for k in range(steps):
+            change(ours, k), change(theirs, k)
+            x, y, eta = batch(k, setting.rank, channels=channels)
+            x = images(x, k)
+            ours.zero_grad(), theirs.zero_grad()
+            how = {} if forward is call else {"forward": forward}
+            size = {"eps": 0.0, "step_size": 0.0, "init": eta, "outer_steps": 2, "inner_steps": 2}
+            try:
+                with untouched(ours, buffers_on_error):
+                    result = trades_yopo_step(
+                        wrapped, x, y, first_layer=named, loss_fn=loss_ours, **(size | how | options)
+                    )
+            except Exception as error:
+                if k < refused_from:
+                    raise AssertionError(f"step {k} raised {type(error).__name__}: {error}") from error
+                raise
+            value = plain_passes(theirs, given(x), y, loss_theirs, 1, forward)
+            with torch.no_grad():
+                forward(theirs, given(x))  # the branch of the divergence, at the same images
+            with setting.together():
+                same(f"step {k}: loss", result.loss, value)
+            same_model(setting, ours, theirs)
 
     return run

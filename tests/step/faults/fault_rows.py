@@ -23,6 +23,7 @@ import yopo_ext
 AS_EXPECTED = "as expected"
 EAGER, COMPILED, TWO_PROCESSES, REFERENCE = "eager", "compiled", "two processes", "reference kernels"
 INDUCTOR = "inductor"  # slow
+ORACLE = "oracle"  # the definition beside a plain pass, without the package
 EVERYWHERE = (EAGER, COMPILED, TWO_PROCESSES, REFERENCE)
 ONE_PROCESS = (EAGER, COMPILED, REFERENCE)
 PACKAGE = str(Path(yopo_ext.__file__).parent)
@@ -89,6 +90,11 @@ class Row:
     settings: tuple[str, ...] = EVERYWHERE
 
     @property
+    def oracle(self) -> bool:
+        """Whether the row compares with the definition."""
+        return getattr(self.run, "by_definition", False)
+
+    @property
     def name(self) -> str:
         return f"{self.fault}: {self.variant}"
 
@@ -102,13 +108,17 @@ class Row:
         except AssertionError as error:
             return f"differs: {_short(error)}"
         except Exception as error:  # every other outcome is a row's failure, not the harness's
-            if self.error is not None and _own(error) and re.search(self.error, str(error)):
+            if self.error is not None and _own(error) and setting.name != ORACLE and re.search(self.error, str(error)):
                 return AS_EXPECTED
             return f"raised {type(error).__name__}: {_short(error)}"
         finally:
             if setting.name in (COMPILED, INDUCTOR):
                 torch._dynamo.reset()
-        return AS_EXPECTED if self.error is None or self.or_equal else f"raised nothing, expected {self.error!r}"
+        return (
+            AS_EXPECTED
+            if self.error is None or self.or_equal or setting.name == ORACLE
+            else f"raised nothing, expected {self.error!r}"
+        )
 
 
 def _own(error: Exception) -> bool:
