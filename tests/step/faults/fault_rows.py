@@ -114,11 +114,9 @@ class Row:
         finally:
             if setting.name in (COMPILED, INDUCTOR):
                 torch._dynamo.reset()
-        return (
-            AS_EXPECTED
-            if self.error is None or self.or_equal or setting.name == ORACLE
-            else f"raised nothing, expected {self.error!r}"
-        )
+        if self.error is None or self.or_equal or setting.name == ORACLE:
+            return AS_EXPECTED
+        return f"raised nothing, expected {self.error!r}"
 
 
 def _own(error: Exception) -> bool:
