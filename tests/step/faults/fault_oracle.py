@@ -297,6 +297,7 @@ def agrees(
     rtol: float = 1e-9, atol: float = 1e-11, compare: dict[str, Any] | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda model: model, buffers_on_error: bool = True,
     plain_input: Callable[[Tensor], Tensor] = lambda x: x, plain_backward: Callable[[Tensor], Any] = Tensor.backward,
+    distributed: dict[str, Any] | None = None,
     start: Callable[[Tensor, Tensor], Tensor] = lambda x, eta: torch.clamp(x + eta, 0, 1) - x, **options: Any,
 ) -> Callable[[Setting], None]:  # fmt: skip
     """A row's `run`: `steps` steps on a model and on its twin, compared after each.
@@ -338,7 +339,7 @@ def agrees(
 
     def one(setting: Setting, kind: str) -> None:
         ours, theirs = make(), make()
-        wrapped = setting.wrap(wrap(ours))
+        wrapped = setting.wrap(wrap(ours), **(distributed or {}))
         loss_ours, loss_theirs = loss(ours), loss(theirs)
         named = first_layer
         if isinstance(first_layer, str) and first_layer == "as layers":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,13 +37,13 @@ class Setting:
     name: str
     rank: int = 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, **distributed: Any) -> nn.Module:
         if self.name == COMPILED:
             return torch.compile(model, backend="aot_eager")
         if self.name == INDUCTOR:
             return torch.compile(model)
         if self.name == TWO_PROCESSES:
-            return DistributedDataParallel(model)
+            return DistributedDataParallel(model, **distributed)
         return model
 
     def average(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

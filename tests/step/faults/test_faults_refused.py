@@ -409,7 +409,7 @@ ROWS = [
         Row("forward=", f"TRADES, {name}", trades_agrees(net(conv, kind), forward=forward))
         for name, (kind, forward) in FORWARDS.items()
     ),
-    Row("forward=", "not callable", agrees(net(conv), ["first"], **{"forward": "logits"}), r"\bforward\b", settings=HERE),
+    Row("forward=", "not callable", agrees(net(conv), kinds=["plain"], forward="logits"), r"\bforward\b", settings=HERE),
 ]  # fmt: skip
 
 
