@@ -32,7 +32,7 @@ def main(setting: str, out: str, rank: int, store: str) -> None:
     if setting == TWO_PROCESSES:
         timeout = timedelta(seconds=8)
         exchange = dist.FileStore(store + "-rows", 2)
-        exchange.set_timeout(timedelta(seconds=60))
+        exchange.set_timeout(timedelta(seconds=15))
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     with Path(out).open("a") as lines:
         for i, name in enumerate(names):

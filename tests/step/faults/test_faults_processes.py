@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fault_oracle import EPS, SIGMA, Make, Net, agrees, batch, conv, net, plain_passes, same, same_model
+from fault_oracle import EPS, SIGMA, Net, agrees, batch, conv, net, plain_passes, same, same_model
 from fault_rows import AS_EXPECTED, EAGER, REFERENCE, TWO_PROCESSES, Row, Setting, cells
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,8 +24,8 @@ PAIR, HERE = (TWO_PROCESSES,), (EAGER, REFERENCE)
 ZERO = {"first_layer": "first", "eps": 0.0, "step_size": 0.0, "reduction": "sum"}
 
 
-class BadBackward(FloatingPointError):
-    pass
+class OnPurposeError(Exception):
+    """A model's own."""
 
 
 def sharded(model: Any, nested: bool) -> Any:
@@ -121,6 +121,13 @@ def first_fsdp(use_orig_params: bool, m: int, accumulate: bool = False):
                 yopo_step(ours, x, y, outer_steps=m, **ZERO)
             plain_passes(theirs, x, y, F.cross_entropy, m)
         expected = setting.average([p.grad for p in theirs.parameters()])
+        if not use_orig_params:  # this process' piece of one flat gradient
+            flat = next(iter(ours.parameters()))
+            everything = F.pad(torch.cat([g.flatten() for g in expected if g is not None]), (0, 2))
+            with setting.together():
+                piece = everything[setting.rank * flat.numel() :][: flat.numel()]
+                same("the flat gradient", None if flat.grad is None else flat.grad[: len(piece)], piece)
+            return
         with FullyShardedDataParallel.summon_full_params(ours, with_grads=True):
             found = {name.replace("_fsdp_wrapped_module.", ""): p.grad for name, p in ours.named_parameters()}
             found = {name: None if g is None else g.clone() for name, g in found.items()}
@@ -169,7 +176,7 @@ def in_threads(step: Callable[..., Any], failing: bool = False):
             began.set()
             met.wait(0.5)
             if failing:
-                raise BadBackward
+                raise OnPurposeError
 
         def late() -> None:
             met.set()
@@ -177,6 +184,9 @@ def in_threads(step: Callable[..., Any], failing: bool = False):
 
         models[0].enter.append(early)
         models[1].enter.append(late)
+        if step is trades_yopo_step:  # whose first forward is that of the clean images
+            for model in models:
+                model.enter.append(lambda: None)
         errors: list[BaseException] = []
 
         def work(i: int) -> None:
@@ -186,7 +196,7 @@ def in_threads(step: Callable[..., Any], failing: bool = False):
             try:
                 options = {"init": eta} if step is trades_yopo_step else {}
                 step(models[i], x, y, first_layer="first", outer_steps=1, eps=0.0, step_size=0.0, **options)
-            except BadBackward:
+            except OnPurposeError:
                 pass
             except BaseException as error:  # to be raised in the main thread
                 errors.append(error)
@@ -239,12 +249,20 @@ def hook_on_body(model: Any) -> None:
     model.body[0].register_forward_pre_hook(lambda module, inputs: (inputs[0] * float(len(model.body) > 0),))
 
 
-def collected(tie: Callable[[Any], None], step: Callable[..., Any], first_layer: Any = "first", make: Make = net(conv)):
+def collected(tie: Callable[[Any], None], step: Callable[..., Any], first_layer: Any = "first"):
     """A model that its user drops is gone after a step, as it is without one."""
 
     def run(setting: Setting) -> None:
+        gc.collect()
+        gc.freeze()  # so that collecting looks at this row's objects only
+        try:
+            check()
+        finally:
+            gc.unfreeze()
+
+    def check() -> None:
         for steps in (0, 1, 2):
-            model = make()
+            model = net(conv)()
             tie(model)
             for k in range(steps):
                 x, y, eta = batch(k)
