@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fault_rows import COMPILED, INDUCTOR, ORACLE, TWO_PROCESSES, Setting, seed
+from fault_rows import COMPILED, INDUCTOR, ORACLE, REFERENCE, TWO_PROCESSES, Setting, seed
 from torch import Tensor, nn
 
 from yopo_ext import trades_yopo_step, yopo_step
@@ -318,6 +318,8 @@ def agrees(
         wanted = kinds or (("plain", "sum", "released", "full", "definition") if layers else ("plain", "sum", "full"))
         if setting.name in (COMPILED, INDUCTOR, TWO_PROCESSES):
             wanted = wanted[:1] if kinds else ["definition" if layers else "sum"]
+        elif setting.name == REFERENCE and not kinds:
+            wanted = ["released", "definition"] if layers else ["sum"]
         for kind in wanted:
             one(setting, kind)
 
@@ -363,7 +365,7 @@ def agrees(
                 how["forward"] = forward
             seed(17 + k)
             try:
-                with untouched(ours, buffers_on_error):
+                with untouched(ours, buffers_on_error and setting.rank == 0):
                     result = yopo_step(
                         wrapped, x, y, first_layer=named, loss_fn=loss_ours, inner_steps=2, **(size | how | options)
                     )
@@ -426,7 +428,7 @@ def trades_agrees(
             how = {} if forward is call else {"forward": forward}
             size = {"eps": 0.0, "step_size": 0.0, "init": eta, "outer_steps": 2, "inner_steps": 2}
             try:
-                with untouched(ours, buffers_on_error):
+                with untouched(ours, buffers_on_error and setting.rank == 0):
                     result = trades_yopo_step(
                         wrapped, x, y, first_layer=named, loss_fn=loss_ours, **(size | how | options)
                     )

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from fault_rows import TWO_PROCESSES, Row, Setting
 
-BROKEN = ("gloo", "Connection", "timed out", "Timed out", "connection")
+BROKEN = ("gloo", "Connection closed", "timed out", "Timed out")
 
 
 def table(but: str = "test_faults_oracle") -> dict[str, Row]:
@@ -30,10 +30,9 @@ def main(setting: str, out: str, rank: int, store: str) -> None:
     rows, names = table(), sys.stdin.read().splitlines()
     exchange = None
     if setting == TWO_PROCESSES:
-        timeout = timedelta(seconds=8)
-        exchange = dist.FileStore(store + "-rows", 2)
+        exchange = dist.FileStore(f"{store}-rows", 2)
         exchange.set_timeout(timedelta(seconds=15))
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
+        begin(store, rank)
     with Path(out).open("a") as lines:
         for i, name in enumerate(names):
             outcome = rows[name].outcome(Setting(setting, rank))
@@ -43,13 +42,20 @@ def main(setting: str, out: str, rank: int, store: str) -> None:
                 continue
             # A row that ended differently here and there may have left a collective call half done.
             kind = outcome.split(":")[0]
-            broken = kind.startswith("raised") and any(word in outcome for word in BROKEN)
-            exchange.set(f"{i} {rank}", kind + " broken" * broken)
-            other = exchange.get(f"{i} {1 - rank}").decode()
-            if broken or other != kind:
-                break
+            if kind.startswith("raised") and any(word in outcome for word in BROKEN):
+                kind = f"broken on {rank}"
+            exchange.set(f"{i} {rank}", kind)
+            if exchange.get(f"{i} {1 - rank}").decode() != kind:
+                dist.destroy_process_group()
+                begin(f"{store}-{i}", rank)
     if exchange is not None:
         dist.destroy_process_group()
+
+
+def begin(store: str, rank: int) -> None:
+    """A process group that nothing has used."""
+    timeout = timedelta(seconds=8)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def test_targeted_keeps_what_hits(restarts: int, keep: str) -> None:
     def run(**options: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return pgd(
-            model, x, target, targeted=True, steps=6, generator=generator, **SIZES["linf"], **options
+            model, x, target, targeted=True, steps=6, generator=generator, eps=0.04, step_size=0.01, **options
         ).perturbation  # fmt: skip
 
     single = run()
