@@ -56,8 +56,8 @@ def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.fill_(float("nan")) if tensor.numel() else tensor
 
 
-def _results(a: dict) -> tuple[torch.Tensor, ...]:
-    """Empty results of the shapes, dtypes and strides the operator promises, full of NaN."""
+def _results(a: dict, poisoned: bool) -> tuple[torch.Tensor, ...]:
+    """Empty results of the shapes, dtypes and strides the operator promises, full of NaN if `poisoned`."""
     x, costate = a["x"], a["costate"]
 
     def gradient(parameter: torch.Tensor | None) -> torch.Tensor:
@@ -66,14 +66,15 @@ def _results(a: dict) -> tuple[torch.Tensor, ...]:
 
     output = torch.empty_like(costate) if a["need_output"] else costate.new_empty(0)
     gradients = (gradient(a[name]) for name in ("weight", "bias", "scale", "shift"))
-    return tuple(_poisoned(t) for t in (torch.empty_like(x), output, *gradients))
+    results = (torch.empty_like(x), output, *gradients)
+    return tuple(_poisoned(t) for t in results) if poisoned else results
 
 
-def prepare(arguments: tuple) -> tuple[dict, tuple[torch.Tensor, ...]]:
+def prepare(arguments: tuple, poisoned: bool = True) -> tuple[dict, tuple[torch.Tensor, ...]]:
     """(what the module takes, the results it will fill)."""
     a = as_dict(arguments)
     x, eta, costate, weight = a["x"], a["eta"], a["costate"], a["weight"].contiguous()
-    results = _results(a)
+    results = _results(a, poisoned)
     d = {k: a[k] for k in ("groups", "stride", "padding", "dilation", "activation", "norm", "negative_slope", "steps")}
     d |= {k: a[k] for k in ("allow_tf32", "mean", "std", "step_size", "eps", "lo", "hi")}
     d |= dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
@@ -93,7 +94,7 @@ def prepare(arguments: tuple) -> tuple[dict, tuple[torch.Tensor, ...]]:
 
 
 def describe(arguments: tuple) -> dict:
-    return native.describe(prepare(arguments)[0])
+    return native.describe(prepare(arguments, poisoned=False)[0])
 
 
 def update(*arguments) -> tuple[torch.Tensor, ...]:

@@ -6,11 +6,13 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from yopo_ext.training.adversaries import PgdAttack
 from yopo_ext.training.config import PRESETS, TrainConfig
 from yopo_ext.training.datasets import DATASETS, load_dataset
 from yopo_ext.training.evaluation import evaluate
+from yopo_ext.training.models import MODELS, ModelEntry
 from yopo_ext.training.trainer import Trainer
 from yopo_ext.training.vision import import_torchvision
 
@@ -96,13 +98,19 @@ def test_image_folders(image_folder, workers):
 
 
 @needs_torchvision
-def test_images_left_in_their_files_change_nothing_but_the_memory(image_folder):
+def test_images_left_in_their_files_change_nothing_but_the_memory(image_folder, monkeypatch):
     """Training, kept perturbations and evaluation, bit for bit."""
+
+    def build(channels, classes):
+        first = nn.Conv2d(channels, 8, 5, stride=2, padding=2)
+        return nn.Sequential(first, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, classes))
+
+    monkeypatch.setitem(MODELS, "small-net", ModelEntry(build))
     weights = []
     for workers in (None, 2):
         config = TrainConfig(
             dataset="imagefolder", data_dir=str(image_folder), image_size=32, workers=workers, validation_size=4,
-            model="preactresnet18", method="yopo-1-2:persist", epochs=2, batch_size=4, validation_steps=1, threads=1,
+            model="small-net", method="yopo-1-2:persist", epochs=2, batch_size=4, validation_steps=1, threads=1,
         )  # fmt: skip
         trainer = Trainer(config, shown=False)
         state_before = torch.get_rng_state()
