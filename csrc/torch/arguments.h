@@ -174,8 +174,8 @@ class Arguments {
 };
 
 // The operator's signature, once: parses the arguments and hands them on.
-template <class Result, Result (*Body)(const Arguments& arguments, const Tensor& x, const Tensor& costate,
-                                       const Tensor& weight)>
+template <class Result,
+          Result (*Body)(const Arguments& arguments, const Tensor& x, const Tensor& costate, const Tensor& weight)>
 Result with_arguments(const Tensor& x, const Tensor& eta, const Tensor& costate, const Tensor& weight,
                       std::optional<Tensor> bias, std::optional<Tensor> scale, std::optional<Tensor> shift,
                       std::vector<double> mean, std::vector<double> std, std::vector<int64_t> stride,
