@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fault_oracle import Make, Net, Normalised, agrees, conv, net
+from fault_oracle import Make, Net, Normalised, agrees, batch, conv, net, trades_agrees
 from fault_rows import AS_EXPECTED, EAGER, EVERYWHERE, INDUCTOR, REFERENCE, TWO_PROCESSES, Row, cells
 from torch import Tensor, nn
 
@@ -123,6 +123,22 @@ def weights_in_hook(first: Callable[[], nn.Module], where: str) -> Make:
 
 
 ROWS = [
+    Row(
+        "a second way from the input appears after the first step", "TRADES",
+        trades_agrees(
+            net(conv, Growing), change=at(1, lambda model: setattr(model, "second", True)), refused_from=1,
+            buffers_on_error=False,
+        ),
+        FIRST,
+    ),
+    Row(
+        "constants of a normalisation in the model change", "TRADES",
+        trades_agrees(net(conv, Normalised), change=at(1, fill), steps=3),
+    ),
+    Row(
+        "a first batch that does not show the normalisation", "TRADES, zeros",
+        trades_agrees(net(conv, Normalised), images=dark("zeros"), steps=3, init=0.001 * batch(0)[2]),
+    ),
     *(
         Row(
             "a second way from the input appears after the first step", name,

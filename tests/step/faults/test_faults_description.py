@@ -65,6 +65,7 @@ ROWS = [
             ("alone", lambda: nn.BatchNorm2d(3), True),
             ("first in a Sequential", lambda: nn.Sequential(nn.BatchNorm2d(3), conv()), False),
             ("first in a nested Sequential", lambda: nn.Sequential(nn.Sequential(nn.BatchNorm2d(3)), conv(), nn.ReLU()), False),
+            ("alone in a Sequential", lambda: nn.Sequential(nn.BatchNorm2d(3)), True),
             ("alone, not affine", lambda: nn.BatchNorm2d(3, affine=False), True),
         )
     ),

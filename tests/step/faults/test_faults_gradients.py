@@ -171,7 +171,11 @@ def optimizer_in_hook(which: str, expected: int, call: Callable[..., Any] = yopo
 
 
 def accumulated(nan_in: int | None, scaled: bool, m: int, first: Callable[[], nn.Module] = conv):
-    """Three micro-batches, the first two under the caller's `no_sync`; one may hold a NaN, on one process."""
+    """Three micro-batches, the first two under the caller's `no_sync`; one may hold a NaN, on one process.
+
+    The third is reduced, and with it what the others left, as DistributedDataParallel reduces `.grad`: also where the
+    third itself is left out.
+    """
 
     def run(setting: Setting) -> None:
         ours, theirs = net(first)().eval(), net(first)().eval()
@@ -260,7 +264,7 @@ ROWS = [
             ("one pass", True, 1, conv), ("two passes", True, 2, conv), ("not scaled", False, 2, conv),
             ("autograd layer", True, 2, lambda: nn.Sequential(conv(), nn.Tanh())),
         )
-        for nan_in in (None, 0, 1)
+        for nan_in in (None, 0, 1, 2)
         if nan_in is not None or m == 2
     ),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fault_oracle import LossFunction, Net, agrees, batch, conv, net
+from fault_oracle import LossFunction, Net, agrees, batch, conv, net, trades_agrees
 from fault_rows import AS_EXPECTED, EAGER, EVERYWHERE, REFERENCE, TWO_PROCESSES, Row, cells
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -130,6 +130,10 @@ ROWS = [
         "a loss that runs the model again", "logit pairing in training mode",
         agrees(net(lambda: nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU())), ["first"], loss=pairing),
         settings=(EAGER, REFERENCE),
+    ),
+    *(
+        Row("a loss that runs the model again", f"TRADES, {name}", trades_agrees(net(conv), loss=loss, change=evaluated))
+        for name, loss in (("logit pairing", pairing), ("consistency", consistency))
     ),
     *(
         Row(

@@ -138,6 +138,38 @@ def first_fsdp(use_orig_params: bool, m: int, accumulate: bool = False):
     return run
 
 
+def left_out_first_fsdp(use_orig_params: bool):
+    """A NaN on one process under FullyShardedDataParallel: equal, or refused by name."""
+
+    def run(setting: Setting) -> None:
+        ours = FullyShardedDataParallel(net(conv)(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+        x, y, _ = batch(0, setting.rank)
+        factor = float("nan") if setting.rank == 1 else 1.0
+        yopo_step(
+            ours, x, y, outer_steps=2, on_nonfinite="skip", **ZERO,
+            loss_fn=lambda output, y: factor * F.cross_entropy(output, y),
+        )  # fmt: skip
+        with setting.together():
+            assert all(p.grad is None for p in ours.parameters()), "a gradient of the batch that was left out is there"
+
+    return run
+
+
+def changed_on_one(kind: Callable[[nn.Module], nn.Module]):
+    """A model that is changed on one process only is an error on all, and no deadlock."""
+
+    def run(setting: Setting) -> None:
+        model: Any = net(conv)()
+        wrapped = kind(model)
+        x, y, _ = batch(0, setting.rank)
+        yopo_step(wrapped, x, y, outer_steps=1, **ZERO)
+        if setting.rank == 1:
+            model.first.register_forward_hook(lambda module, inputs, output: 2 * output)
+        yopo_step(wrapped, x, y, outer_steps=1, **ZERO)
+
+    return run
+
+
 # --- threads ---
 
 
@@ -298,6 +330,13 @@ ROWS = [
             ("accumulation", True, 2, True),
         )
     ),
+    *(
+        Row("skip under FullyShardedDataParallel", name, left_out_first_fsdp(original), r"\bmodel\b|\bon_nonfinite\b",
+            or_equal=True, settings=PAIR)
+        for name, original in (("original parameters", True), ("flat parameters", False))
+    ),
+    Row("a model that is changed on one process", "fully_shard", changed_on_one(lambda model: sharded(model, False)),
+        r"\brank\b", settings=PAIR),
     *(
         Row(
             f"DistributedDataParallel({name})", variant,

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fault_oracle import Make, Net, agrees, batch, conv, net, plain_passes, same, same_model, untouched
+from fault_oracle import Make, Net, agrees, batch, conv, net, plain_passes, same, same_model, trades_agrees, untouched
 from fault_rows import AS_EXPECTED, EAGER, EVERYWHERE, REFERENCE, TWO_PROCESSES, Row, Setting, cells
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from yopo_ext import yopo_step
+from yopo_ext import trades_yopo_step, yopo_step
 
+HERE = (EAGER, REFERENCE)
 NOT_COMPILED = (EAGER, TWO_PROCESSES, REFERENCE)  # torch.compile draws or counts otherwise
 
 
@@ -118,6 +119,14 @@ class Watched(Net):
         self.body.insert(0, RunningMean(how))
 
 
+class Lazy(Net):
+    """Its last layer has no weights before its first forward."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__(first)
+        self.body[-1] = nn.LazyLinear(5)
+
+
 class SizedBody(Net):
     def __init__(self, first: nn.Module, how: str) -> None:
         super().__init__(first)
@@ -137,21 +146,23 @@ class SecondWayWatched(Watched):
         return super().forward(u) + u.mean((1, 2, 3))[:, None]
 
 
-def left_out(make: Make, find: Callable[[Any], RunningMean], *, known: bool, first_layer: str = "first"):
+def left_out(make: Make, find: Callable[[Any], RunningMean], *, known: bool, trades: bool = False):
     """A batch whose values become NaN inside the model leaves gradients and buffers as they were."""
 
     def run(setting: Setting) -> None:
         model, twin = make(), make()
         wrapped = setting.wrap(model)
-        x, y, _ = batch(0, setting.rank)
-        options = {"first_layer": first_layer, "outer_steps": 2, "reduction": "sum", "eps": 0.0, "step_size": 0.0}
+        x, y, eta = batch(0, setting.rank)
+        options: dict[str, Any] = {"first_layer": "first", "outer_steps": 2, "eps": 0.0, "step_size": 0.0}
+        options |= {"init": eta, "bn_mode": "train"} if trades else {"reduction": "sum"}
+        step = trades_yopo_step if trades else yopo_step
         if known:
-            yopo_step(wrapped, x, y, **options)
+            step(wrapped, x, y, **options)
             plain_passes(twin, x, y, F.cross_entropy, 2)
         buffers = {name: b.clone() for name, b in model.named_buffers()}
         gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
         find(model).poisoned = True
-        result = yopo_step(wrapped, x, y, on_nonfinite="skip", **options)
+        result = step(wrapped, x, y, on_nonfinite="skip", **options)
         find(model).poisoned = False
         now = dict(model.named_buffers())
         with setting.together():
@@ -162,9 +173,9 @@ def left_out(make: Make, find: Callable[[Any], RunningMean], *, known: bool, fir
             if setting.rank == 0:
                 for name, value in buffers.items():
                     same(name, now[name], value, 0, 0)
-        yopo_step(wrapped, x, y, on_nonfinite="skip", **options)
-        plain_passes(twin, x, y, F.cross_entropy, 2)
-        same_model(setting, model, twin)
+        step(wrapped, x, y, on_nonfinite="skip", **options)
+        plain_passes(twin, x, y, F.cross_entropy, 1 if trades else 2)
+        same_model(setting, model, twin, buffers=not trades)
 
     return run
 
@@ -251,6 +262,20 @@ ROWS = [
         left_out(
             net(lambda: nn.Sequential(conv(), RunningMean("reassigned"))), lambda model: model.first[1], known=True
         ),
+    ),
+    *(
+        Row(
+            "a left-out batch puts back buffers", f"TRADES, {how}, first step",
+            left_out(
+                net(conv, lambda first, how=how: Watched(first, how)), lambda model: model.body[0], known=False,
+                trades=True,
+            ),
+        )
+        for how in ("reassigned", "created")
+    ),
+    *(
+        Row("lazy parameters", name, checked(net(conv, Lazy), first_layer="first"), r"\bmodel\b.*forward", settings=HERE)
+        for name, checked in (("yopo_step", agrees), ("trades_yopo_step", trades_agrees))
     ),
     *(
         Row(
