@@ -332,7 +332,7 @@ def agrees(
             theirs.zero_grad(), plain.zero_grad()
             seed(17 + k)
             definition(
-                theirs, layers, x, y, 0 * x, m=1, eps=0.0, step_size=0.0, gradient="full", prepare=prepare, given=given,
+                theirs, layers, x, y, 0 * x, m=1, eps=0.0, step_size=0.0, prepare=prepare, given=given,
                 loss_fn=loss(theirs), forward=forward,
             )  # fmt: skip
             seed(17 + k)
