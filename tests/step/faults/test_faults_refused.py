@@ -366,7 +366,7 @@ ROWS = [
     Row("a front before the first layer", "TRADES",
         trades_agrees(fronted(lambda: nn.ZeroPad2d(1)), first_layer=GIVEN["names"])),
     Row("a front before the first layer", "permuted channels, only the convolution named (guard)",
-        agrees(fronted(lambda: Front(lambda u: u[:, [2, 1, 0]])), ["first"]), FIRST, settings=HERE),
+        agrees(fronted(lambda: Front(lambda u: u[:, [2, 1, 0]])), ["front", "first"], first_layer="first"), FIRST, settings=HERE),
     *(
         Row("a front before the first layer", f"sequence {name}",
             agrees(fronted(lambda: nn.ZeroPad2d(1)), ["front", "first"], first_layer=sequence), FIRST, settings=HERE)
