@@ -31,6 +31,11 @@ def rows_of(file: str) -> list[dict[str, Any]]:
     return json.loads((RESULTS / f"{file}.json").read_text())["rows"]
 
 
+def attack_columns(attacks: list[str]) -> list[str]:
+    """The headings of `yopo-ext compare`, whose module needs the packages of training: each attack tries what is left."""
+    return [f"{'+ ' if number else ''}{attack.upper()} %" for number, attack in enumerate(attacks)]
+
+
 def comparison(data: dict[str, Any]) -> str:
     """What `yopo-ext compare` found."""
 
@@ -42,7 +47,7 @@ def comparison(data: dict[str, Any]) -> str:
         return "" if value is None else f"{value:.2f}"
 
     attacks = list(data["rows"][0]["robust"])
-    head = ["method", "clean %", *(f"{a.upper()} %" for a in attacks), "seconds", "time / PGD-10",
+    head = ["method", "clean %", *attack_columns(attacks), "seconds", "time / PGD-10",
             "units = forwards + input gradients + weight gradients", "units / PGD-10"]  # fmt: skip
     lines = []
     for row in data["rows"]:

@@ -105,6 +105,7 @@ class Method:
 
     name: ClassVar[str]
     numbers: ClassVar[tuple[str, ...]] = ()  # options that a name such as "yopo-5-3" sets
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")  # of the threat models it works under
     selects_by: ClassVar[Literal["robust", "clean"]] = "robust"  # validation accuracy that picks the best checkpoint
 
     def cost(self) -> Cost:
@@ -120,6 +121,10 @@ class Method:
         step_size = getattr(self, "step_size", None)
         if step_size is not None and not step_size > 0.0:
             raise ValueError(f"step_size must be > 0; got {step_size}")
+        if threat.norm not in self.norms:
+            raise ValueError(
+                f"norm must be {' or '.join(map(repr, self.norms))} for method {self.name!r}; got {threat.norm!r}"
+            )
 
     @property
     def lr_scale(self) -> float:
@@ -174,11 +179,6 @@ def logits_before(learner: Learner, x: Tensor, bn_mode: BNMode) -> Tensor:
     """The model's logits at x without a graph, in the attack's mode: one forward."""
     with evaluating(learner.network) if bn_mode == "eval" else nullcontext():
         return learner.predict(x)
-
-
-def require_linf(name: str, threat: ThreatModel) -> None:
-    if threat.norm != "linf":
-        raise ValueError(f"norm must be 'linf' for method {name!r}; got {threat.norm!r}")
 
 
 def default_step(step_size: float | None, threat: ThreatModel, fraction: float) -> float:

@@ -23,10 +23,8 @@ from yopo_ext.training.methods.base import (
     Method,
     Outcome,
     Start,
-    ThreatModel,
     default_step,
     option,
-    require_linf,
 )
 
 
@@ -35,6 +33,7 @@ class FgsmMep(Method):
     """The forward at the start serves attack and regulariser alike: 2 forwards, 3 input and 2 weight gradients."""
 
     name: ClassVar[str] = "fgsm-mep"
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
 
     step_size: float | None = option(None, "length of the step, in pixel units (default: eps)")
     decay: float = option(0.3, "momentum kept from epoch to epoch")
@@ -44,10 +43,6 @@ class FgsmMep(Method):
         for name in ("decay", "regularisation"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
-
-    def check(self, threat: ThreatModel) -> None:
-        super().check(threat)
-        require_linf(self.name, threat)
 
     @property
     def lr_scale(self) -> float:

@@ -22,28 +22,16 @@ from torch import Tensor
 from yopo_ext import validation
 from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.training.data import Batch
-from yopo_ext.training.methods.base import (
-    Cost,
-    Learner,
-    Method,
-    Outcome,
-    Start,
-    ThreatModel,
-    default_step,
-    option,
-    require_linf,
-)
+from yopo_ext.training.methods.base import Learner, Outcome, Start, default_step, option
+from yopo_ext.training.methods.fgsm_mep import FgsmMep
 
 
 @dataclass(frozen=True)
-class FgsmPgi(Method):
-    """The forward at the start serves attack and regulariser alike: 2 forwards, 3 input and 2 weight gradients."""
+class FgsmPgi(FgsmMep):
+    """The options and the cost of `fgsm-mep`, and more options: the labels' smoothing, the reset, the frame."""
 
     name: ClassVar[str] = "fgsm-pgi"
 
-    step_size: float | None = option(None, "length of the step, in pixel units (default: eps)")
-    decay: float = option(0.3, "momentum kept from epoch to epoch")
-    regularisation: float = option(10.0, "weight of the squared change of the logits")
     label_weight: float = option(0.6, "weight of the true class in the labels of attack and training loss")
     reset_every: int | None = option(40, "epochs after which what is kept starts afresh")
     frame: Literal["image", "input"] = option(
@@ -51,24 +39,11 @@ class FgsmPgi(Method):
     )
 
     def __post_init__(self) -> None:
-        for name in ("decay", "regularisation"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
+        super().__post_init__()
         if not 0.0 < self.label_weight <= 1.0:
             raise ValueError(f"label_weight must be in (0, 1]; got {self.label_weight}")
         if self.reset_every is not None:
             validation.integer("reset_every", self.reset_every, 1)
-
-    def check(self, threat: ThreatModel) -> None:
-        super().check(threat)
-        require_linf(self.name, threat)
-
-    @property
-    def lr_scale(self) -> float:
-        return 0.5
-
-    def cost(self) -> Cost:
-        return Cost(2, 3, 2)
 
     @property
     def keeps(self) -> dict[str, Start]:

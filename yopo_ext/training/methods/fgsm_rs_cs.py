@@ -21,10 +21,8 @@ from yopo_ext.training.methods.base import (
     Learner,
     Method,
     Outcome,
-    ThreatModel,
     default_step,
     option,
-    require_linf,
 )
 from yopo_ext.training.methods.converge_smooth import ConvergeSmooth
 
@@ -32,6 +30,7 @@ from yopo_ext.training.methods.converge_smooth import ConvergeSmooth
 @dataclass(frozen=True)
 class FgsmRsCs(Method):
     name: ClassVar[str] = "fgsm-rs-cs"
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
 
     step_size: float | None = option(None, "length of the step, in pixel units (default: eps)")
     smooth: float | None = option(0.03, "threshold of ConvergeSmooth's term on the loss at the attack's start")
@@ -39,10 +38,6 @@ class FgsmRsCs(Method):
     def __post_init__(self) -> None:
         if self.smooth is None or not self.smooth > 0.0:
             raise ValueError(f"smooth must be > 0; got {self.smooth}")
-
-    def check(self, threat: ThreatModel) -> None:
-        super().check(threat)
-        require_linf(self.name, threat)
 
     def cost(self) -> Cost:
         """Of every batch, whether or not w is 0: to look at w would make a GPU wait."""

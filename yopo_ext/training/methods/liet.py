@@ -24,7 +24,7 @@ from yopo_ext import validation
 from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.modes import evaluating
 from yopo_ext.training.data import Batch
-from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, ThreatModel, option, require_linf
+from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, option
 
 WIDE = 8 / 255  # beyond this eps: stronger noise, and no clipping to the ball
 
@@ -32,6 +32,7 @@ WIDE = 8 / 255  # beyond this eps: stronger noise, and no clipping to the ball
 @dataclass(frozen=True)
 class Liet(Method):
     name: ClassVar[str] = "liet"
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
 
     smoothing: float = option(0.6, "weight of the wrong classes in the labels, spread at random")
     consistency: float = option(100.0, "weight that the divergence of the two predictions has at the end of the run")
@@ -47,10 +48,6 @@ class Liet(Method):
         if not 0.0 <= self.low <= self.high <= 1.0:
             raise ValueError(f"low and high must be increasing shares in [0, 1]; got {self.low} and {self.high}")
         validation.integer("pattern_every", self.pattern_every, 1)
-
-    def check(self, threat: ThreatModel) -> None:
-        super().check(threat)
-        require_linf(self.name, threat)
 
     def cost(self) -> Cost:
         """Of a batch without new patterns: they take one image per class, 0.02 units per batch of 128 for ten classes."""

@@ -13,10 +13,8 @@ from yopo_ext.training.methods.base import (
     Learner,
     Method,
     Outcome,
-    ThreatModel,
     default_step,
     option,
-    require_linf,
     train_on,
 )
 
@@ -24,6 +22,7 @@ from yopo_ext.training.methods.base import (
 @dataclass(frozen=True)
 class NFgsm(Method):
     name: ClassVar[str] = "n-fgsm"
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
 
     step_size: float | None = option(None, "length of the step, in pixel units (default: eps)")
     noise: float = option(2.0, "half width of the uniform noise, in units of eps")
@@ -32,10 +31,6 @@ class NFgsm(Method):
     def __post_init__(self) -> None:
         if self.noise < 0:
             raise ValueError(f"noise must be >= 0; got {self.noise}")
-
-    def check(self, threat: ThreatModel) -> None:
-        super().check(threat)
-        require_linf(self.name, threat)
 
     def cost(self) -> Cost:
         return Cost(2, 2, 1)
