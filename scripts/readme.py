@@ -81,7 +81,8 @@ def _accuracies(row: dict[str, Any]) -> list[list[float]]:
 
 def choosing(data: dict[str, Any]) -> str:
     """The methods on digits that no cheaper one beats, each with the best of the others at no higher cost."""
-    rows = [*data["rows"], *rows_of("digits_methods"), *rows_of("digits_yopo_variants")]
+    recorded = [*rows_of("digits_yopo_variants"), *rows_of("digits_methods"), *data["rows"]]
+    rows = list({row["method"]: row for row in recorded}.values())  # one row a method: that of the comparison counts
 
     def units(row: dict[str, Any]) -> float:  # per batch of the common number of epochs
         own = re.search(r"epochs=(\d+)", row["method"])
