@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -114,3 +115,23 @@ def oracle_step(
             ):
                 parameter.grad = g if parameter.grad is None else parameter.grad + g
     return eta, losses
+
+
+def gradients_along(
+    model: Network, x: Tensor, y: Tensor, etas: Sequence[Tensor], scale: float = 1.0
+) -> dict[str, Tensor]:
+    """The gradients of a "paper" step whose perturbations are given, by the names of the model's parameters.
+
+    A sign that flips where the gradient is almost zero moves the perturbation, and with it every gradient after it, by far
+    more than rounding. A step of low precision is therefore held to the exact gradients at the perturbations it went to.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for before, after in pairwise(etas):
+        leaf = model.first(x + before).detach().requires_grad_()
+        loss = scale * F.cross_entropy(model.rest(leaf * 1.0), y)
+        p, *rest = torch.autograd.grad(loss, [leaf, *model.rest.parameters()])
+        first = torch.autograd.grad(model.first(x + after), list(model.first.parameters()), p)
+        for name, gradient in zip(names, [*first, *rest], strict=True):
+            total[name] += gradient
+    return total
