@@ -32,4 +32,4 @@ step "without native libraries, random order"
 YOPO_EXT_NATIVE=0 YOPO_TEST_SHUFFLE=${YOPO_TEST_SHUFFLE:-$RANDOM} run "$@" -m "not slow" --ignore=tests/emulated
 
 step "more random geometries"
-YOPO_TEST_EXAMPLES=400 run "$@" tests/test_operation.py tests/emulated/test_update.py -k any_geometry
+YOPO_TEST_EXAMPLES=400 run "$@" tests/kernels/test_operation.py tests/emulated/test_update.py -k any_geometry

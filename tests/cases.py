@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from yopo_ext.constants import ACTIVATIONS, NORMS
+from yopo_ext.kernels.constants import ACTIVATIONS, NORMS
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

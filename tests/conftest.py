@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    from yopo_ext import ops
+    from yopo_ext.kernels import ops
 
     return [f"torch {torch.__version__}, CPU kernels: {ops.native_status.why_not_cpu or 'native'}", *_shuffled()]
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from yopo_ext import reference
-from yopo_ext.constants import ACTIVATIONS, NORMS
+from yopo_ext.kernels import reference
+from yopo_ext.kernels.constants import ACTIVATIONS, NORMS
 
 ROUNDING = 4.0
 KINKED = (ACTIVATIONS["relu"], ACTIVATIONS["leaky_relu"])

@@ -52,66 +52,73 @@ def test_includes(path):
 PYTHON_CORE: dict[str, set[str]] = {
     # facts and settings
     "_version": set(),
-    "constants": set(),
     "compilation": set(),
-    "modes": set(),
-    "normalisation": set(),
+    "model_state": set(),
+    "kernels/constants": set(),
+    "validation": {"kernels/constants"},
     # the operator and its functions
-    "_native": {"_version"},
-    "reference": {"constants"},
-    "validation": {"constants"},
-    "ops": {"_native", "reference"},
-    "build": {"_version", "constants", "ops", "validation"},
-    "eligibility": {"constants", "ops"},
-    "functional": {"compilation", "constants", "eligibility", "ops", "validation"},
+    "kernels/native": {"_version"},
+    "kernels/reference": {"kernels/constants"},
+    "kernels/ops": {"kernels/native", "kernels/reference"},
+    "kernels/dispatch": {"compilation", "kernels/constants", "kernels/ops"},
+    "build": {"_version", "kernels/constants", "kernels/ops", "validation"},
+    "functional": {"kernels/constants", "kernels/dispatch", "kernels/ops", "validation"},
     # the first layer as an autograd node
-    "node": {"eligibility", "ops", "reference", "validation"},
-    "batch_norm_node": {"node", "reference"},
-    "opaque": {"compilation", "constants", "node"},
-    "first_layer": {"constants", "normalisation"},
-    "interposition": {"batch_norm_node", "first_layer", "node", "normalisation", "opaque"},
+    "first_layer/normalisation": set(),
+    "first_layer/fused_node": {"kernels/dispatch", "kernels/ops", "kernels/reference", "validation"},
+    "first_layer/batch_norm_node": {"first_layer/fused_node", "kernels/reference"},
+    "first_layer/autograd_node": {"compilation", "kernels/constants", "first_layer/fused_node"},
+    "first_layer/describe": {"kernels/constants", "first_layer/normalisation"},
+    "first_layer/stand_in": {
+        "first_layer/autograd_node", "first_layer/batch_norm_node", "first_layer/describe", "first_layer/fused_node",
+        "first_layer/normalisation",
+    },
+    "first_layer/full_pass": {
+        "kernels/dispatch", "first_layer/describe", "first_layer/fused_node", "first_layer/normalisation",
+        "first_layer/stand_in",
+    },
     # steps and attacks
-    "attacks": {"modes", "reference", "validation"},
-    "passes": {"first_layer", "functional", "interposition", "node", "normalisation"},
-    "guard": {"passes"},
-    "preparation": {"attacks", "constants", "guard", "node", "normalisation", "passes", "validation"},
-    "step": {"compilation", "modes", "passes", "preparation", "validation"},
+    "attacks": {"kernels/reference", "model_state", "validation"},
+    "guard": {"first_layer/full_pass"},
+    "preparation": {
+        "attacks", "kernels/constants", "guard", "first_layer/fused_node", "first_layer/full_pass",
+        "first_layer/normalisation", "validation",
+    },
+    "step": {"compilation", "model_state", "first_layer/full_pass", "preparation", "validation"},
     # what a user sees
     "__init__": {"_version", "build", "functional", "step"},
     "__main__": set(),
-}
+    "kernels/__init__": set(),
+    "first_layer/__init__": set(),
+}  # fmt: skip
+PACKAGE = ROOT / "yopo_ext"
+CORE_FILES = sorted(p for folder in ("", "first_layer", "kernels") for p in (PACKAGE / folder).glob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of the package (by their first name) and foreign packages that a file imports."""
-    found = set()
+def imports(path: Path) -> tuple[set[str], set[str]]:
+    """Modules of the package (as in PYTHON_CORE) and foreign packages that a file imports."""
+    own, foreign = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            foreign |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            foreign.add((node.module or "").split(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            names = [module] if module else [a.name for a in node.names]
-            if not module and node.level:
-                found |= {"." * node.level + n for n in names}
-            else:
-                found.add("." * node.level + module)
-                if module == "yopo_ext":
-                    found |= {f"yopo_ext.{a.name}" for a in node.names}
-    return found
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            targets = [base / a.name for a in node.names] if base.is_dir() else [base]
+            own |= {str(t.relative_to(PACKAGE)) for t in targets}
+    return own, foreign
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "yopo_ext").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_core_imports(path):
-    names = imports(path)
-    own = {n.lstrip(".").split(".")[0] for n in names if n.startswith(".")}
-    foreign = {n.split(".")[0] for n in names if not n.startswith(".")}
-    assert "training" not in own or path.name == "__main__.py", f"{path.name} must not know yopo_ext.training"
-    standard = set(__import__("sys").stdlib_module_names)
-    assert foreign <= standard | {"torch", "yopo_ext"}, (
-        f"the core depends on torch alone; {path.name} imports {foreign - standard}"
-    )
-    assert path.stem in PYTHON_CORE, f"{path.name} has no rule: add it to PYTHON_CORE with what it may import"
-    assert own <= PYTHON_CORE[path.stem], f"{path.name} must not know {own - PYTHON_CORE[path.stem]}"
+    own, foreign = imports(path)
+    name = str(path.relative_to(PACKAGE).with_suffix(""))
+    if name != "__main__":
+        standard = set(__import__("sys").stdlib_module_names)
+        assert foreign <= standard | {"torch"}, f"the core depends on torch alone; {name} imports {foreign - standard}"
+    assert name in PYTHON_CORE, f"{name} has no rule: add it to PYTHON_CORE with what it may import"
+    assert own <= PYTHON_CORE[name], f"{name} must not know {own - PYTHON_CORE[name]}"
 
 
 def test_the_ladder_has_no_loop_and_no_rule_without_a_module():
@@ -119,7 +126,7 @@ def test_the_ladder_has_no_loop_and_no_rule_without_a_module():
     for module, known in PYTHON_CORE.items():
         assert known <= below, f"{module} must stand below {known - below}, not above"
         below.add(module)
-    assert below == {path.stem for path in (ROOT / "yopo_ext").glob("*.py")}
+    assert below == {str(path.relative_to(PACKAGE).with_suffix("")) for path in CORE_FILES}
 
 
 def test_no_file_outgrows_its_role():

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference, validation
-from .modes import evaluating, frozen_parameters
+from . import validation
+from .kernels import reference
+from .model_state import evaluating, frozen_parameters
 from .validation import Constants
 
 __all__ = ["AdmissibleSet", "AttackResult", "margin", "pgd"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from . import ops, validation
+from . import validation
 from ._version import __version__
-from .constants import ACTIVATIONS, NORMS
+from .kernels import ops
+from .kernels.constants import ACTIVATIONS, NORMS
 
 
 def build_info() -> dict[str, object]:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, validation
-from .compilation import constant_when_compiled
-from .constants import NORMS
-from .eligibility import choose, describe
+from . import validation
+from .kernels import ops
+from .kernels.constants import NORMS
+from .kernels.dispatch import choose, describe, resolve_allow_tf32
 from .validation import Constants
 
 IntOrPair = int | Sequence[int]
@@ -26,14 +26,6 @@ class FirstLayerUpdate(NamedTuple):
     grad_bias: Tensor | None  # [K]
     grad_scale: Tensor | None  # [K]
     grad_shift: Tensor | None  # [K]
-
-
-@constant_when_compiled  # Dynamo cannot read the setting; a compiled graph keeps what it was compiled with
-def resolve_allow_tf32(allow_tf32: bool | None) -> bool:
-    """None follows PyTorch's own setting for fp32 convolutions."""
-    if allow_tf32 is not None:
-        return bool(allow_tf32)
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .passes import distributed
+from .first_layer.full_pass import distributed
 
 
 class NonFiniteGuard:

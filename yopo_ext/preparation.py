@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from . import validation
 from .attacks import AdmissibleSet
-from .constants import NORMS
+from .first_layer.full_pass import Passes
+from .first_layer.fused_node import normalised, threat_tensor
+from .first_layer.normalisation import Normalisation
 from .guard import NonFiniteGuard
-from .node import normalised, threat_tensor
-from .normalisation import Normalisation
-from .passes import Passes
+from .kernels.constants import NORMS
 
 LossFunction = Callable[[Any, Any], Tensor]
 

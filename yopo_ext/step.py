@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from . import validation
 from .compilation import not_traced
-from .modes import evaluating, frozen_parameters
-from .passes import restored_buffers_on_error, unsynchronised
+from .first_layer.full_pass import restored_buffers_on_error, unsynchronised
+from .model_state import evaluating, frozen_parameters
 from .preparation import LossFunction, Preparation
 from .validation import Constants
 

@@ -9,7 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .constants import ACTIVATIONS, NORMS
+from .kernels.constants import ACTIVATIONS, NORMS
 
 Constants = float | Sequence[float] | Tensor
 

@@ -15,7 +15,7 @@ namespace yopo {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-// The integers of yopo_ext/constants.py; they are part of the operator schema.
+// The integers of yopo_ext/kernels/constants.py; they are part of the operator schema.
 enum class Activation : int { kIdentity = 0, kRelu = 1, kLeakyRelu = 2, kGelu = 3, kGeluTanh = 4, kSilu = 5 };
 enum class Norm : int { kLinf = 0, kL2 = 1 };
 

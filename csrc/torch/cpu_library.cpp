@@ -1,4 +1,4 @@
-// Layer 2. Registers the CPU kernels of the operators (schemas: yopo_ext/ops.py).
+// Layer 2. Registers the CPU kernels of the operators (schemas: yopo_ext/kernels/ops.py).
 #include "launch.h"
 #include "torch/arguments.h"
 

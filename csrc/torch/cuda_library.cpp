@@ -1,4 +1,4 @@
-// Layer 2. Registers the CUDA kernels of the operators (schemas: yopo_ext/ops.py).
+// Layer 2. Registers the CUDA kernels of the operators (schemas: yopo_ext/kernels/ops.py).
 //
 // Nothing here waits for the device, and the only allocations are torch tensors, so a call can be captured in a graph.
 #include <torch/csrc/stable/accelerator.h>

@@ -1,4 +1,4 @@
-"""The operator on the emulated CUDA kernels: the same positional arguments and results as `yopo_ext.ops`."""
+"""The operator on the emulated CUDA kernels: the same positional arguments and results as `yopo_ext.kernels.ops`."""
 
 from __future__ import annotations
 

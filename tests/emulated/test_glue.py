@@ -9,7 +9,7 @@ from cases import LAYOUTS, make_arguments
 from policy import as_dict, check_update
 from variants import AFFINE_PARTS, VARIANTS
 
-from yopo_ext import ops
+from yopo_ext.kernels import ops
 
 PATCHES = {"kernels": 24, "size": (17, 12), "kernel": (4, 4), "stride": (4, 4), "padding": (0, 0), "batch": 3}
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from policy import NAMES, as_dict, assert_in_ball_and_box, assert_within, bounds_at, check_update
 from variants import AFFINE_PARTS, VARIANTS
 
-from yopo_ext.constants import ACTIVATIONS
+from yopo_ext.kernels.constants import ACTIVATIONS
 
 EXAMPLES = int(os.environ.get("YOPO_TEST_EXAMPLES", "25"))
 TF32 = 2.0**-11

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yopo_ext import ops
+from yopo_ext.kernels import ops
 
 
 def to_device(arguments: tuple, device: str = "cuda") -> tuple[Any, ...]:

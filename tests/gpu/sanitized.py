@@ -12,7 +12,7 @@ for folder in ("..", "../emulated"):
 from cases import make_arguments  # noqa: E402
 from variants import AFFINE_PARTS, VARIANTS  # noqa: E402
 
-from yopo_ext import ops  # noqa: E402
+from yopo_ext.kernels import ops  # noqa: E402
 
 count = 0
 for problem in VARIANTS.values():

@@ -8,7 +8,7 @@ from cases import make_arguments
 from variants import AFFINE_PARTS, VARIANTS
 
 import yopo_ext
-from yopo_ext import ops
+from yopo_ext.kernels import ops
 
 from .device import assert_bitwise_equal, to_device
 

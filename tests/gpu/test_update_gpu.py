@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from policy import NAMES, _check_step, as_dict, assert_in_ball_and_box, assert_within, bounds_at, check_update
 from variants import AFFINE_PARTS, VARIANTS
 
-from yopo_ext import ops
-from yopo_ext.constants import ACTIVATIONS
+from yopo_ext.kernels import ops
+from yopo_ext.kernels.constants import ACTIVATIONS
 
 from .device import update
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.attacks import AdmissibleSet, cross_entropy
-from yopo_ext.modes import evaluating, frozen_parameters
+from yopo_ext.model_state import evaluating, frozen_parameters
 
 MOMENTUM = 0.75
 PROGRESS = 0.75  # share of steps that must have raised the loss for the step size to stay

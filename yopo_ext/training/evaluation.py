@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.attacks import AdmissibleSet
-from yopo_ext.modes import evaluating
+from yopo_ext.model_state import evaluating
 from yopo_ext.training.adversaries import Attack, PgdAttack, is_correct, parse_attack
 from yopo_ext.training.checkpoint import append_line
 from yopo_ext.training.data import Split, bytes_of, mix_seed

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from yopo_ext.modes import evaluating
+from yopo_ext.model_state import evaluating
 from yopo_ext.training.data import Batch, Frame, PerSample
 
 BNMode = Literal["eval", "train"]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from yopo_ext import validation
 from yopo_ext.attacks import AdmissibleSet
-from yopo_ext.modes import evaluating
+from yopo_ext.model_state import evaluating
 from yopo_ext.training.data import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, option
 

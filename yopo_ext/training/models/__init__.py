@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from yopo_ext.modes import evaluating
+from yopo_ext.model_state import evaluating
 from yopo_ext.training.models.preactresnet import PreActResNet, preactresnet8, preactresnet18
 from yopo_ext.training.models.resnet import ResNet, resnet18
 from yopo_ext.training.models.small import SmallCNN, digits_cnn

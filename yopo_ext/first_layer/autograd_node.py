@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compilation import not_traced
-from .constants import ACTIVATIONS
-from .node import normalised, per_channel, threat_constants, update
+from ..compilation import not_traced
+from ..kernels.constants import ACTIVATIONS
+from .fused_node import normalised, per_channel, threat_constants, update
 
 
 @contextmanager
@@ -160,7 +160,7 @@ class Opaque:
 
 
 class OpaqueNode(torch.autograd.Function):
-    """y0 = f0(x + eta) for an `Opaque` layer; backward as `yopo_ext.node.first_layer_node`."""
+    """y0 = f0(x + eta) for an `Opaque` layer; backward as `yopo_ext.first_layer.fused_node.first_layer_node`."""
 
     @staticmethod
     def forward(ctx: Any, layer: Opaque, eta: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:

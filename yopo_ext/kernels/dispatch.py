@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..compilation import constant_when_compiled
 from . import ops
 from .constants import ACTIVATIONS
 
@@ -41,7 +42,7 @@ def _why_not_native(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | Non
 
 
 def choose(x, eta, costate, weight, bias, scale, shift, *rest) -> Choice:
-    """The choice for the operator's own arguments (see `yopo_ext.ops`); reads only shapes, dtypes and devices."""
+    """The choice for the operator's own arguments (see `yopo_ext.kernels.ops`); reads only shapes, dtypes and devices."""
     activation, steps = rest[6], rest[8]
     affine = activation == ACTIVATIONS["identity"]
     loop = "collapsed (affine first layer: cost independent of steps)" if affine else f"{steps} iterated steps"
@@ -57,3 +58,11 @@ def describe(*arguments) -> str:
     if choice.native:
         choice = dataclasses.replace(choice, kernel=ops.first_layer_variant(*arguments))
     return str(choice)
+
+
+@constant_when_compiled  # Dynamo cannot read the setting; a compiled graph keeps what it was compiled with
+def resolve_allow_tf32(allow_tf32: bool | None) -> bool:
+    """None follows PyTorch's own setting for fp32 convolutions."""
+    if allow_tf32 is not None:
+        return bool(allow_tf32)
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]

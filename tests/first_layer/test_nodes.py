@@ -12,8 +12,10 @@ from policy import assert_as_exact_as_plain
 from step_oracle import batch, gradients_along, network, oracle_step
 from torch import Tensor, nn
 
-from yopo_ext import adversary_steps, batch_norm_node, node, trades_yopo_step, yopo_step
-from yopo_ext.constants import ACTIVATIONS
+from yopo_ext import adversary_steps, trades_yopo_step, yopo_step
+from yopo_ext.first_layer import batch_norm_node
+from yopo_ext.first_layer import fused_node as node
+from yopo_ext.kernels.constants import ACTIVATIONS
 
 EPS, SIGMA = 0.1, 0.03
 THREAT = node.threat_tensor([SIGMA], [EPS], [0.0], [1.0])

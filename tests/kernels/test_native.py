@@ -18,10 +18,10 @@ from policy import check_update
 from processes import call
 from test_operation import STEMS
 
-from yopo_ext import ops
-from yopo_ext.constants import NORMS
+from yopo_ext.kernels import ops
+from yopo_ext.kernels.constants import NORMS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 needs_native = pytest.mark.skipif(not ops.native_status.cpu, reason=str(ops.native_status.why_not_cpu))
 
 
@@ -71,7 +71,7 @@ def test_without_native_libraries_everything_still_works():
         "from test_operation import STEMS\n"
         "for stem in STEMS.values():\n"
         "    for norm in ('linf', 'l2'):\n"
-        "        check_update(yopo_ext.ops.first_layer_update_reference, make_arguments(**stem, steps=3, norm=norm))\n"
+        "        check_update(yopo_ext.kernels.ops.first_layer_update_reference, make_arguments(**stem, steps=3, norm=norm))\n"
         "a = make_arguments(steps=1)\n"
         "yopo_ext.adversary_steps(*a[:4], padding=1, eps=0.1, step_size=0.02)\n"
     )

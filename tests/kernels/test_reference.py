@@ -9,8 +9,8 @@ from cases import cases, make_arguments
 from hypothesis import given, settings
 from policy import as_dict
 
-from yopo_ext import ops
-from yopo_ext.constants import ACTIVATIONS, NORMS
+from yopo_ext.kernels import ops
+from yopo_ext.kernels.constants import ACTIVATIONS, NORMS
 
 TORCH_ACTIVATIONS = {
     "identity": lambda z, slope: z,
@@ -98,7 +98,7 @@ def test_against_finite_differences(activation):
 
 
 def test_slopes_at_the_kink():
-    from yopo_ext import reference
+    from yopo_ext.kernels import reference
 
     zero = torch.zeros(1, dtype=torch.float64)
     assert reference.activation_slope(zero, ACTIVATIONS["relu"], 0.0).item() == 0.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .constants import ACTIVATIONS
+from ..kernels.constants import ACTIVATIONS
 from .normalisation import Normalisation, normalisation_of
 
 

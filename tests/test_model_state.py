@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from yopo_ext.modes import evaluating, frozen_parameters, preserved_modes, training
+from yopo_ext.model_state import evaluating, frozen_parameters, preserved_modes, training
 
 
 def half_frozen_model():

@@ -1,6 +1,6 @@
 """The first-layer node for a convolution followed by a BatchNorm that uses batch statistics.
 
-As `yopo_ext.node.first_layer_node`; the inner steps keep the statistics of the forward pass, the parameter gradients
+As `fused_node.first_layer_node`; the inner steps keep the statistics of the forward pass, the parameter gradients
 are taken through the statistics of their own input.
 """
 
@@ -12,8 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .node import add_up, as_parameter, convolve, costate_for, in_full_precision, normalised, update, update_operator
-from .reference import activate, activation_slope
+from ..kernels.reference import activate, activation_slope
+from .fused_node import (
+    add_up,
+    as_parameter,
+    convolve,
+    costate_for,
+    in_full_precision,
+    normalised,
+    update,
+    update_operator,
+)
 
 
 def _forward(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native, reference
+from . import native, reference
 
 ARGUMENTS = (
     "(Tensor x, Tensor eta, Tensor costate, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
@@ -43,7 +43,7 @@ for _name in ("first_layer_update", "first_layer_update_reference"):
 _library.define("first_layer_variant" + VARIANT_SCHEMA)
 _library.impl("first_layer_variant", lambda *_: "PyTorch operations", "CompositeExplicitAutograd")
 
-native_status = _native.status()
+native_status = native.status()
 
 first_layer_update = torch.ops.yopo_ext.first_layer_update.default
 first_layer_update_reference = torch.ops.yopo_ext.first_layer_update_reference.default

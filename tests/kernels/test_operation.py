@@ -10,8 +10,8 @@ from cases import LAYOUTS, cases, make_arguments
 from hypothesis import HealthCheck, given, settings
 from policy import as_dict, assert_as_exact_as_plain, assert_in_ball_and_box, check_update
 
-from yopo_ext import ops
-from yopo_ext.constants import ACTIVATIONS
+from yopo_ext.kernels import ops
+from yopo_ext.kernels.constants import ACTIVATIONS
 
 EXAMPLES = int(os.environ.get("YOPO_TEST_EXAMPLES", "60"))
 

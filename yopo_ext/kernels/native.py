@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from ._version import __version__
+from .._version import __version__
 
-_LIBRARY_DIR = Path(__file__).parent / "lib"
+_LIBRARY_DIR = Path(__file__).parent.parent / "lib"
 
 
 class NativeStatus(NamedTuple):

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .eligibility import choose
-from .reference import activate
-from .validation import COSTATE_DTYPES
+from ..kernels import ops
+from ..kernels.dispatch import choose
+from ..kernels.reference import activate
+from ..validation import COSTATE_DTYPES
 
 
 def per_channel(values: Sequence[float], like: Tensor) -> Tensor | float:

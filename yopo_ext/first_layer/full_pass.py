@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import first_layer as layers
-from .functional import resolve_allow_tf32
-from .interposition import Discovery, Interposition, Pass
-from .node import Carry, normalised
+from ..kernels.dispatch import resolve_allow_tf32
+from . import describe as layers
+from .fused_node import Carry, normalised
 from .normalisation import Normalisation
+from .stand_in import Discovery, Interposition, Pass
 
 # What is known of a model's first layer, by what the caller gave as `first_layer`. Weak: models come and go.
 _known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Interposition]] = weakref.WeakKeyDictionary()

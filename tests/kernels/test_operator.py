@@ -7,7 +7,7 @@ import torch
 from cases import LAYOUTS, make_arguments
 
 import yopo_ext
-from yopo_ext import ops
+from yopo_ext.kernels import ops
 
 
 @pytest.mark.parametrize(

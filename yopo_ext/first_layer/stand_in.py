@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .autograd_node import Opaque, opaque_node, replaced_forward
 from .batch_norm_node import FirstLayerBatchNormNode, first_layer_batch_norm_node
-from .first_layer import FusedLayer, OpaqueLayer
-from .node import Carry, FirstLayerNode, first_layer_node, normalised
+from .describe import FusedLayer, OpaqueLayer
+from .fused_node import Carry, FirstLayerNode, first_layer_node, normalised
 from .normalisation import Normalisation, fitted_normalisation, matches
-from .opaque import Opaque, opaque_node, replaced_forward
 
 
 @dataclass

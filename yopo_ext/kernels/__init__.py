@@ -1,0 +1,1 @@
+"""The first-layer operation: operator schema, choice of a backend, PyTorch definition, native libraries."""
