@@ -61,6 +61,22 @@ def test_compare_writes_everything(tmp_path, capsys):
     assert (out / "accuracy-time.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_evaluate_on_survivors_only_finds_the_same_worst_case(tmp_path, capsys):
+    out = tmp_path / "run"
+    short = ["--epochs", "3", "--batch-size", "50", "--validation-steps", "1"]
+    assert main(["train", "--method", "natural", "--out", str(out), *short]) == 0
+    found = {}
+    for flag in ("--no-survivors-only", "--survivors-only"):
+        report = tmp_path / f"{flag}.json"
+        tested = ["--attacks", "pgd-3,cw-2,pgd-1", "--samples", "60", "--out", str(report), flag]
+        assert main(["evaluate", str(out / "model.pt"), *tested]) == 0
+        found[flag] = json.loads(report.read_text())
+    each, left = found["--no-survivors-only"], found["--survivors-only"]
+    assert (each["survivors_only"], left["survivors_only"]) == (False, True)
+    assert left["worst"] == each["worst"] == left["robust"]["pgd-1"]
+    assert each["robust"]["pgd-1"] > each["worst"]  # the weak attack alone leaves more
+
+
 def test_a_method_of_a_list_can_have_its_own_epochs_and_rate():
     texts = ("pgd-10", "yopo-5-3:epochs=9:persist:lr=1/4", "free-8:epochs=10")
     runs = dict(plan(CompareConfig(methods=texts, seeds=(0,), train=TrainConfig(epochs=30))))

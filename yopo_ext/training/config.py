@@ -239,6 +239,9 @@ class EvaluateConfig:
         "attacks instead of a suite, comma separated: pgd-STEPS[-RESTARTS][:STEP_SIZE] or cw-... (margin loss), apgd-ce, "
         "apgd-t, square, autoattack; with @1000 after it: on the first 1000 images only",
     )
+    survivors_only: bool = option(
+        False, "try each attack only on the images that those before it have left: the same worst case for less time"
+    )
     split: Literal["test", "validation"] = option("test", "which split to attack")
     samples: int | None = option(None, "only the first so many samples")
     seed: int = option(0, "seed of the attacks' random starts")
