@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from yopo_ext.training import methods
-from yopo_ext.training.config import TrainConfig
-from yopo_ext.training.data import Dataset, Split
-from yopo_ext.training.trainer import Trainer
+from yopo_ext.training.config.resolve import TrainConfig
+from yopo_ext.training.data.splits import Dataset, Split
+from yopo_ext.training.loop.trainer import Trainer
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "cifar10-small.yaml"
 KEPT = "yopo-2-1:train-on=last:persist:step-size=8/255"

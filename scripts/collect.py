@@ -17,9 +17,9 @@ from typing import Any
 from paired import packed
 
 from yopo_ext.training import methods
-from yopo_ext.training.checkpoint import write_json
-from yopo_ext.training.evaluation import Journal
-from yopo_ext.training.metrics import MetricsFile
+from yopo_ext.training.evaluation.evaluate import Journal
+from yopo_ext.training.run.checkpoint import write_json
+from yopo_ext.training.run.metrics import MetricsFile
 
 
 def survivors_of(path: Path) -> dict[str, dict[str, Any]]:

@@ -11,9 +11,9 @@ import yopo_ext
 with suppress(ImportError):  # the training extra may be missing
     import sklearn.datasets
 
-    import yopo_ext.training.cli
-    import yopo_ext.training.trainer
-    from yopo_ext.training.vision import import_torchvision
+    import yopo_ext.training.cli.main
+    import yopo_ext.training.loop.trainer
+    from yopo_ext.training.torchvision_import import import_torchvision
 
     import_torchvision(required=False)
     import lightning.fabric

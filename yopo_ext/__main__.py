@@ -2,6 +2,6 @@
 
 import sys
 
-from yopo_ext.training.cli import main
+from yopo_ext.training.cli.main import main
 
 sys.exit(main())

@@ -17,7 +17,7 @@ from yopo_ext import yopo_step
 from yopo_ext.first_layer import describe as first_layer
 from yopo_ext.first_layer import full_pass as passes
 from yopo_ext.first_layer.describe import FusedLayer, OpaqueLayer, describe
-from yopo_ext.training.vision import import_torchvision
+from yopo_ext.training.torchvision_import import import_torchvision
 
 U = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

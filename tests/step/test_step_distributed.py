@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from yopo_ext import trades_yopo_step, yopo_step
-from yopo_ext.training.vision import import_torchvision
+from yopo_ext.training.torchvision_import import import_torchvision
 
 EPS, SIGMA = 0.1, 0.03
 STEMS: dict[str, Callable[[], nn.Module]] = {

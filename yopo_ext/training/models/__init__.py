@@ -14,7 +14,7 @@ from yopo_ext.training.models.preactresnet import PreActResNet, preactresnet8, p
 from yopo_ext.training.models.resnet import ResNet, resnet18
 from yopo_ext.training.models.small import SmallCNN, digits_cnn
 from yopo_ext.training.models.wideresnet import WideResNet
-from yopo_ext.training.vision import import_torchvision
+from yopo_ext.training.torchvision_import import import_torchvision
 
 __all__ = [
     "MODELS",

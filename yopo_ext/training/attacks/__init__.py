@@ -1,0 +1,1 @@
+"""The attacks of an evaluation, one file each; `registry.py` names them."""

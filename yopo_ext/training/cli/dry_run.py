@@ -1,0 +1,91 @@
+"""What a run would cost, from a few timed steps: `--dry-run`."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from yopo_ext.training.attacks.registry import Attack, PgdAttack, passes
+from yopo_ext.training.config.resolve import TrainConfig
+from yopo_ext.training.data.splits import Dataset, Split
+from yopo_ext.training.evaluation.evaluate import evaluate
+from yopo_ext.training.loop.trainer import Trainer
+from yopo_ext.training.methods import ThreatModel
+
+PROBED_STEPS = 3
+PROBED_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of training and of evaluation (validation and test), and the highest memory use seen, in MiB."""
+
+    training: float
+    evaluation: float
+    memory: float
+
+    def __str__(self) -> str:
+        return (
+            f"training {duration(self.training)}, evaluation {duration(self.evaluation)}, memory {self.memory:.0f} MiB"
+        )
+
+
+def estimate(
+    config: TrainConfig, dataset: Dataset, test_attacks: Sequence[Attack] = (), test_samples: int | None = None
+) -> Estimate:
+    """Time a few training steps and a small attack, then scale up. Writes no file."""
+    trainer = Trainer(
+        dataclasses.replace(config, out=None, resume="never", stop_after=None), dataset=dataset, shown=False
+    )
+    cuda = trainer.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    batches = iter(trainer.source.epoch(0))
+    elapsed = 0.0
+    probed = min(PROBED_STEPS, trainer.source.batches)
+    for number in range(-1, probed):  # the first one warms up
+        batch = next(batches, None) or next(batches := iter(trainer.source.epoch(0)))
+        started = time.perf_counter()
+        trainer.learner.step(batch, number + 1, trainer.lr())
+        if cuda:
+            torch.cuda.synchronize(trainer.device)
+        elapsed += time.perf_counter() - started if number >= 0 else 0.0
+    assert trainer.config.epochs is not None
+    epoch = elapsed / probed * trainer.source.batches
+    training = trainer.config.time_budget or epoch * trainer.config.epochs
+
+    per_pass = seconds_per_pass(trainer.learner.result, trainer.dataset.validation, trainer.learner.threat)
+    validations = training / epoch / (trainer.config.validate_every or 1)
+    evaluation = per_pass * (
+        validations * passes([PgdAttack(trainer.config.validation_steps)], len(trainer.dataset.validation))
+        + passes(test_attacks, len(trainer.dataset.test.first(test_samples)))
+    )
+    if cuda:
+        memory = torch.cuda.max_memory_allocated(trainer.device) / 2**20
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return Estimate(training, evaluation, memory)
+
+
+def seconds_per_pass(model: nn.Module, split: Split, threat: ThreatModel) -> float:
+    """Seconds that one forward or input gradient of one image takes."""
+    few, attack = split.first(PROBED_SAMPLES), PgdAttack(2)
+    evaluate(model, few, threat, [attack])  # warms up
+    started = time.perf_counter()
+    evaluate(model, few, threat, [attack])
+    return (time.perf_counter() - started) / passes([attack], len(few))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

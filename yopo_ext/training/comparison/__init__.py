@@ -1,0 +1,1 @@
+"""Several methods trained and tested alike: the runs, the table, the plot."""

@@ -1,0 +1,1 @@
+"""One training run: epochs, updates, going on after an interruption, alarms."""

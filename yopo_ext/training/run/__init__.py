@@ -1,0 +1,1 @@
+"""A run's folder, clock, voice and seeds."""
