@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from yopo_ext.training import methods
-from yopo_ext.training.config.resolve import TrainConfig
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.splits import Dataset, Split
 from yopo_ext.training.loop.trainer import Trainer
 

@@ -17,8 +17,8 @@ from typing import Any
 from paired import packed
 
 from yopo_ext.training import methods
-from yopo_ext.training.evaluation.evaluate import Journal
-from yopo_ext.training.run.checkpoint import write_json
+from yopo_ext.training.evaluation.journal import Journal
+from yopo_ext.training.run.files import write_json
 from yopo_ext.training.run.metrics import MetricsFile
 
 

@@ -140,3 +140,69 @@ def test_no_file_outgrows_its_role():
     assert tracked
     long = {str(p.relative_to(ROOT)): n for p in tracked if (n := len(p.read_text().splitlines())) > 400}
     assert not long, long
+
+
+# The rooms of yopo_ext/training/ and their floors: a file imports from lower floors and from its own folder, never across a
+# floor or upwards. A file that stands in no folder has a floor of its own.
+TRAINING_FLOORS: dict[str, int] = {
+    "__init__": 0,
+    "numbers": 1,
+    "torchvision_import": 1,
+    "run": 1,
+    "optim": 1,
+    "data": 2,
+    "models": 2,
+    "attacks": 2,
+    "methods": 3,
+    "config": 4,
+    "evaluation": 5,
+    "loop": 6,
+    "comparison": 7,
+    "cli": 8,
+}
+# ThreatModel stands in methods/base.py until the core has one; methods import nothing from attacks.
+BORROWED = {("attacks", "methods.base")}
+TRAINING = ROOT / "yopo_ext" / "training"
+
+
+def training_imports(path: Path) -> set[str]:
+    """Modules of yopo_ext.training, without that prefix, that a file imports anywhere in its text."""
+    prefix = "yopo_ext.training."
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively; the training package writes names in full"
+            inner = node.module == "yopo_ext.training"
+            found |= {f"{node.module}.{a.name}" for a in node.names} if inner else {node.module or ""}
+    return {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
+
+
+def training_violations(path: Path, floors: dict[str, int]) -> list[str]:
+    room = path.relative_to(TRAINING).parts[0].removesuffix(".py")
+    found = []
+    for module in sorted(training_imports(path)):
+        other = module.split(".")[0]
+        assert other in floors, f"{path.name} imports {module}, which has no floor"
+        if other != room and floors[other] >= floors[room] and (room, module) not in BORROWED:
+            found.append(
+                f"{path.relative_to(TRAINING)} (floor {floors[room]}) imports {module} (floor {floors[other]})"
+            )
+    return found
+
+
+def test_training_ladder():
+    rooms = {p.stem for p in TRAINING.iterdir() if p.name != "__pycache__"}
+    assert rooms == set(TRAINING_FLOORS), (
+        "every folder and file of yopo_ext/training needs a floor, and no other has one"
+    )
+    assert not [text for path in sorted(TRAINING.rglob("*.py")) for text in training_violations(path, TRAINING_FLOORS)]
+
+
+def test_training_ladder_notices_a_breach():
+    """With the floors of data and loop exchanged, the rule finds the imports that now run upwards."""
+    floors = {**TRAINING_FLOORS, "data": 6, "loop": 2}
+    assert training_violations(TRAINING / "loop" / "trainer.py", floors)
+    assert training_violations(TRAINING / "methods" / "base.py", floors)
+    assert not training_violations(TRAINING / "loop" / "trainer.py", TRAINING_FLOORS)

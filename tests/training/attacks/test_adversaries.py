@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from yopo_ext.attacks import AdmissibleSet
-from yopo_ext.training.attacks.apgd import apgd, dlr_targeted
-from yopo_ext.training.attacks.registry import SUITES, Apgd, AutoAttack, PgdAttack, parse_attack, parse_attacks
-from yopo_ext.training.config.resolve import TrainConfig
-from yopo_ext.training.evaluation.evaluate import alarms, evaluate
+from yopo_ext.training.attacks.apgd import Apgd, apgd, dlr_targeted
+from yopo_ext.training.attacks.autoattack import AutoAttack
+from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.attacks.registry import SUITES, parse_attack, parse_attacks
+from yopo_ext.training.config.schema import TrainConfig
+from yopo_ext.training.evaluation.evaluate import evaluate
+from yopo_ext.training.evaluation.masking_alarm import alarms
 from yopo_ext.training.loop.trainer import Trainer
 from yopo_ext.training.methods import ThreatModel
 
@@ -77,7 +80,7 @@ def test_autoattack_is_the_worst_case(robust_model, digits):
 
 
 def test_without_the_package_the_message_says_what_to_install(robust_model, digits, monkeypatch):
-    monkeypatch.setattr("yopo_ext.training.attacks.registry.find_spec", lambda name: None)
+    monkeypatch.setattr("yopo_ext.training.attacks.autoattack.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="attack 'square' needs a package: pip install pyautoattack"):
         evaluate(robust_model, digits.test.first(4), THREAT, [AutoAttack(square=True)])
     with pytest.raises(ModuleNotFoundError, match="attack 'autoattack' needs a package"):

@@ -8,7 +8,7 @@ import torch
 
 from yopo_ext.training.cli.main import main
 from yopo_ext.training.comparison.comparison import Comparison, plan
-from yopo_ext.training.config.resolve import CompareConfig, TrainConfig
+from yopo_ext.training.config.schema import CompareConfig, TrainConfig
 from yopo_ext.training.run.deadline import Deadline
 
 TOY = ["--epochs", "1", "--batch-size", "200", "--validation-steps", "1"]

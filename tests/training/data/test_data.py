@@ -4,8 +4,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yopo_ext.training.data.augment import Augmentation, Placement
+from yopo_ext.training.data.batches import Batch, PerSample, SplitSource
 from yopo_ext.training.data.datasets import load_dataset
-from yopo_ext.training.data.splits import Batch, PerSample, Split, SplitSource, mix_seed, stratified_split
+from yopo_ext.training.data.splits import Split, stratified_split
+from yopo_ext.training.run.seeds import mix_seed
 
 
 def test_digits_splits_are_disjoint_stratified_and_fixed(digits):

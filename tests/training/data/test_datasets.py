@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from yopo_ext.training.attacks.registry import PgdAttack
-from yopo_ext.training.config.resolve import PRESETS, TrainConfig
+from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.config.schema import PRESETS, TrainConfig
 from yopo_ext.training.data.datasets import DATASETS, load_dataset
 from yopo_ext.training.evaluation.evaluate import evaluate
 from yopo_ext.training.loop.trainer import Trainer

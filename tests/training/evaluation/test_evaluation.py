@@ -5,11 +5,16 @@ import torch
 from torch import nn
 
 from yopo_ext.attacks import AdmissibleSet
+from yopo_ext.training.attacks.apgd import Apgd
+from yopo_ext.training.attacks.autoattack import AutoAttack
+from yopo_ext.training.attacks.base import passes_on
 from yopo_ext.training.attacks.image_wise import FixedBatches, Starts
-from yopo_ext.training.attacks.registry import Apgd, AutoAttack, PgdAttack, parse_attack, passes
-from yopo_ext.training.config.resolve import TrainConfig
+from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.attacks.registry import parse_attack
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.splits import Split
-from yopo_ext.training.evaluation.evaluate import Journal, evaluate, evaluate_in_parts, true_fp32
+from yopo_ext.training.evaluation.evaluate import evaluate, evaluate_in_parts, true_fp32
+from yopo_ext.training.evaluation.journal import Journal
 from yopo_ext.training.loop.trainer import Trainer
 from yopo_ext.training.methods import ThreatModel
 from yopo_ext.training.run.deadline import Deadline
@@ -113,10 +118,10 @@ def test_a_bad_step_size():
 
 
 def test_passes():
-    assert passes([], 5) == 5
-    assert passes([PgdAttack(20)], 3) == 3 * 42
-    assert passes([PgdAttack(20), PgdAttack(5, 2)], 1) == 42 + 1 + 2 * 11
-    assert passes([PgdAttack(20, samples=2), PgdAttack(1, samples=9)], 3) == 3 + 2 * 41 + 3 * 3
+    assert passes_on([], 5) == 5
+    assert passes_on([PgdAttack(20)], 3) == 3 * 42
+    assert passes_on([PgdAttack(20), PgdAttack(5, 2)], 1) == 42 + 1 + 2 * 11
+    assert passes_on([PgdAttack(20, samples=2), PgdAttack(1, samples=9)], 3) == 3 + 2 * 41 + 3 * 3
 
 
 def test_an_attack_on_the_first_images_only():

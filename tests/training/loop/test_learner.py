@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from yopo_ext.training.attacks.registry import PgdAttack
-from yopo_ext.training.config.resolve import TrainConfig, resolve
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.config.resolve import resolve
+from yopo_ext.training.config.schema import TrainConfig
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.evaluation.evaluate import evaluate
 from yopo_ext.training.loop.collapse_alarm import training_alarm
 from yopo_ext.training.loop.trainer import Trainer

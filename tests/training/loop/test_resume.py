@@ -13,7 +13,7 @@ import torch
 from processes import finished, run_ranks, start
 
 from yopo_ext.training.cli.main import main
-from yopo_ext.training.config.resolve import TrainConfig
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.datasets import load_dataset
 from yopo_ext.training.loop import trainer as trainer_module
 from yopo_ext.training.loop.trainer import Trainer

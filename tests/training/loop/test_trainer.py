@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from yopo_ext.training.attacks.registry import PgdAttack
-from yopo_ext.training.config.resolve import TrainConfig, resolve
+from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.config.resolve import resolve
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.evaluation.evaluate import evaluate
 from yopo_ext.training.loop import position
 from yopo_ext.training.loop.trainer import Trainer

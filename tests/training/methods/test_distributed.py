@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from processes import run_ranks
 
-from yopo_ext.training.config.resolve import TrainConfig
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.datasets import load_dataset
 from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.loop.fabric import make_fabric

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from yopo_ext.training import methods
-from yopo_ext.training.config.resolve import TrainConfig
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.loop.trainer import Trainer
 
 # One row per method, and per option that changes what is computed:

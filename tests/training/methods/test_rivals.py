@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from yopo_ext.training.config.resolve import TrainConfig
-from yopo_ext.training.data.splits import mix_seed
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.loop.trainer import Trainer
 from yopo_ext.training.methods.converge_smooth import ConvergeSmooth
 from yopo_ext.training.models import MODELS, ModelEntry
+from yopo_ext.training.run.seeds import mix_seed
 
 EPOCHS, LR = 4, 0.05
 

@@ -4,12 +4,8 @@ import os
 import pytest
 import torch
 
-from yopo_ext.training.run.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-    write_atomically,
-    write_json,
-)
+from yopo_ext.training.run.checkpoint import load_checkpoint, save_checkpoint
+from yopo_ext.training.run.files import write_atomically, write_json
 
 STATE = {"config": {"eps": 0.1}, "model": {"weight": torch.arange(3.0)}}
 

@@ -3,7 +3,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from yopo_ext.training.config.resolve import TrainConfig
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.loop.trainer import Trainer
 from yopo_ext.training.run.metrics import EpochLog, MetricsFile
 

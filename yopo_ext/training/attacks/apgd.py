@@ -5,17 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from yopo_ext.attacks import AdmissibleSet, cross_entropy
 from yopo_ext.model_state import evaluating, frozen_parameters
+from yopo_ext.training.attacks.base import Attack, pixel_model
+from yopo_ext.training.attacks.image_wise import Starts
+from yopo_ext.training.methods.base import ThreatModel
 
 MOMENTUM = 0.75
 PROGRESS = 0.75  # share of steps that must have raised the loss for the step size to stay
 # Steps between checks, as shares of all steps: at first, less by, at least.
 FIRST_CHECK, SHORTER, SHORTEST = 0.22, 0.03, 0.06
+
+
+@dataclass(frozen=True)
+class Apgd(Attack):
+    """APGD with 100 steps: on cross-entropy, or on the targeted DLR loss against the nine most likely other classes."""
+
+    targeted: bool = False
+    steps: int = 100
+    targets: int = 9
+
+    @property
+    def kind(self) -> str:
+        return "apgd-t" if self.targeted else "apgd-ce"
+
+    @property
+    def passes(self) -> int:
+        return (self.targets if self.targeted else 1) * 2 * (self.steps + 1)
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, starts: Starts) -> Tensor:
+        targets = self.targets if self.targeted else None
+        return apgd(pixel_model(model, threat), x, y, starts.ball, starts.draw, steps=self.steps, targets=targets)
 
 
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:

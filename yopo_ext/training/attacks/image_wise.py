@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.attacks import AdmissibleSet
-from yopo_ext.training.data.splits import mix_seed
+from yopo_ext.training.run.seeds import mix_seed
 
 
 class Starts:

@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from yopo_ext.training.attacks.registry import Attack, PgdAttack, passes
-from yopo_ext.training.config.resolve import TrainConfig
-from yopo_ext.training.data.splits import Dataset, Split
-from yopo_ext.training.evaluation.evaluate import evaluate
+from yopo_ext.training.attacks.base import Attack, passes_on
+from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.config.schema import TrainConfig
+from yopo_ext.training.data.splits import Dataset
+from yopo_ext.training.evaluation.evaluate import seconds_per_pass
 from yopo_ext.training.loop.trainer import Trainer
-from yopo_ext.training.methods import ThreatModel
+from yopo_ext.training.run.progress import duration
 
 PROBED_STEPS = 3
-PROBED_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def estimate(
     per_pass = seconds_per_pass(trainer.learner.result, trainer.dataset.validation, trainer.learner.threat)
     validations = training / epoch / (trainer.config.validate_every or 1)
     evaluation = per_pass * (
-        validations * passes([PgdAttack(trainer.config.validation_steps)], len(trainer.dataset.validation))
-        + passes(test_attacks, len(trainer.dataset.test.first(test_samples)))
+        validations * passes_on([PgdAttack(trainer.config.validation_steps)], len(trainer.dataset.validation))
+        + passes_on(test_attacks, len(trainer.dataset.test.first(test_samples)))
     )
     if cuda:
         memory = torch.cuda.max_memory_allocated(trainer.device) / 2**20
@@ -73,19 +72,3 @@ def estimate(
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
     return Estimate(training, evaluation, memory)
-
-
-def seconds_per_pass(model: nn.Module, split: Split, threat: ThreatModel) -> float:
-    """Seconds that one forward or input gradient of one image takes."""
-    few, attack = split.first(PROBED_SAMPLES), PgdAttack(2)
-    evaluate(model, few, threat, [attack])  # warms up
-    started = time.perf_counter()
-    evaluate(model, few, threat, [attack])
-    return (time.perf_counter() - started) / passes([attack], len(few))
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

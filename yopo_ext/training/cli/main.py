@@ -12,7 +12,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from yopo_ext.training import methods
 from yopo_ext.training.cli.options import add_option, add_options, build, hint_of, plain
-from yopo_ext.training.config.resolve import CompareConfig, EvaluateConfig, TrainConfig, resolve
+from yopo_ext.training.config.resolve import resolve
+from yopo_ext.training.config.schema import CompareConfig, EvaluateConfig, TrainConfig
 from yopo_ext.training.run.deadline import Deadline
 
 Job = Callable[[], int]
@@ -140,7 +141,8 @@ def _evaluate(given: Namespace) -> Job:
 
 def _export(given: Namespace) -> Job:
     from yopo_ext.training.models import robustbench_model
-    from yopo_ext.training.run.checkpoint import WRITTEN, load_checkpoint, tested_weights, write_atomically
+    from yopo_ext.training.run.checkpoint import WRITTEN, load_checkpoint, tested_weights
+    from yopo_ext.training.run.files import write_atomically
 
     state = load_checkpoint(Path(given.checkpoint))
     weights, target = tested_weights(state), Path(given.file)
@@ -205,8 +207,9 @@ def _plan(
     runs: Sequence[tuple[str, TrainConfig]], test_attacks: Sequence[str] = (), test_samples: int | None = None
 ) -> Job:
     from yopo_ext.training.attacks.registry import parse_attacks
-    from yopo_ext.training.cli.dry_run import Estimate, duration, estimate
-    from yopo_ext.training.data.datasets import dataset_of
+    from yopo_ext.training.cli.dry_run import Estimate, estimate
+    from yopo_ext.training.config.resolve import dataset_of
+    from yopo_ext.training.run.progress import duration
 
     dataset = dataset_of(runs[0][1])
     attacks = parse_attacks(test_attacks) if test_attacks else []

@@ -12,15 +12,17 @@ from yopo_ext import validation
 from yopo_ext.training.attacks.registry import parse_attacks
 from yopo_ext.training.comparison.plot import save_plot
 from yopo_ext.training.comparison.report import Row, finding, table
-from yopo_ext.training.config.resolve import CompareConfig, TrainConfig, device_for, require_same, resolve
-from yopo_ext.training.data.datasets import dataset_of
-from yopo_ext.training.data.splits import Dataset, SplitSource
+from yopo_ext.training.config.resolve import dataset_of, device_for, require_same, resolve
+from yopo_ext.training.config.schema import CompareConfig, TrainConfig
+from yopo_ext.training.data.batches import SplitSource
+from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.evaluation.evaluate import evaluate_in_parts
 from yopo_ext.training.loop.trainer import Trainer
 from yopo_ext.training.numbers import parse_number
-from yopo_ext.training.run.checkpoint import require_empty, write_atomically, write_json
+from yopo_ext.training.run.checkpoint import require_empty
 from yopo_ext.training.run.deadline import Deadline
 from yopo_ext.training.run.environment import environment
+from yopo_ext.training.run.files import write_atomically, write_json
 from yopo_ext.training.run.metrics import MetricsFile
 
 # What a method of a list may set for itself, beside its own options.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from yopo_ext.training.config.resolve import TrainConfig
 from yopo_ext.training.data.image_files import ImageFiles
 from yopo_ext.training.data.splits import Dataset, Split, stratified_split
 from yopo_ext.training.torchvision_import import import_torchvision
@@ -71,18 +70,6 @@ def load_dataset(
         raise ValueError(f"validation_size must be between {classes} and {len(rest) - classes}; got {held_out}")
     train, chosen = stratified_split(rest.labels, held_out)
     return Dataset(name, classes, rest.subset(train), rest.subset(chosen), test)
-
-
-def dataset_of(config: TrainConfig) -> Dataset:
-    """The data set that a configuration names."""
-    return load_dataset(
-        config.dataset,
-        config.data_dir,
-        download=config.download,
-        validation=config.validation_size,
-        image_size=config.image_size,
-        workers=config.workers,
-    )
 
 
 def _digits(request: Request) -> tuple[Split, Split]:

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from yopo_ext import validation
-from yopo_ext.training.attacks.registry import SUITES, parse_attacks, passes
-from yopo_ext.training.cli.dry_run import duration, seconds_per_pass
-from yopo_ext.training.config.resolve import EvaluateConfig, TrainConfig, device_for, threat_model
-from yopo_ext.training.data.datasets import dataset_of
-from yopo_ext.training.evaluation.evaluate import alarms, evaluate_in_parts
+from yopo_ext.training.attacks.base import passes_on
+from yopo_ext.training.attacks.registry import SUITES, parse_attacks
+from yopo_ext.training.config.resolve import dataset_of, device_for, threat_model
+from yopo_ext.training.config.schema import EvaluateConfig, TrainConfig
+from yopo_ext.training.evaluation.evaluate import evaluate_in_parts, seconds_per_pass
+from yopo_ext.training.evaluation.masking_alarm import alarms
 from yopo_ext.training.models import build_model
-from yopo_ext.training.run.checkpoint import WRITTEN, load_checkpoint, tested_weights, write_json
+from yopo_ext.training.run.checkpoint import WRITTEN, load_checkpoint, tested_weights
 from yopo_ext.training.run.deadline import Deadline
 from yopo_ext.training.run.environment import environment
+from yopo_ext.training.run.files import write_json
+from yopo_ext.training.run.progress import duration
 
 
 def require_report(path: Path) -> None:
@@ -69,7 +72,7 @@ class CheckpointTest:
 
     def describe(self) -> str:
         """What would be run, and for how long."""
-        seconds = seconds_per_pass(self.model, self.split, self.threat) * passes(self.attacks, len(self.split))
+        seconds = seconds_per_pass(self.model, self.split, self.threat) * passes_on(self.attacks, len(self.split))
         names = ", ".join(("clean", *(a.name for a in self.attacks)))
         return f"{self._what()}: {names}; about {duration(seconds)}"
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
+import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.model_state import evaluating
+from yopo_ext.training.attacks.base import Attack, is_correct, passes_on
 from yopo_ext.training.attacks.image_wise import FixedBatches, Starts
-from yopo_ext.training.attacks.registry import Attack, PgdAttack, is_correct, parse_attack
-from yopo_ext.training.data.splits import Split, bytes_of, mix_seed
+from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.data.splits import Split
+from yopo_ext.training.evaluation.journal import Journal, fingerprint
 from yopo_ext.training.methods.base import ThreatModel
-from yopo_ext.training.run.checkpoint import append_line
 from yopo_ext.training.run.deadline import Deadline
 from yopo_ext.training.run.progress import Progress
+from yopo_ext.training.run.seeds import mix_seed
 
 
 @contextmanager
@@ -42,6 +43,7 @@ def true_fp32() -> Iterator[None]:
 
 # Images attacked at a time. A CPU gains nothing from more, and a last batch that is filled up costs less.
 BATCH_SIZES = {"cpu": 32, "cuda": 256}
+PROBED_SAMPLES = 64  # that are attacked to time a pass
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,6 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-class Journal:
-    """Which images survived which attack, one line per batch in a file, so that a long evaluation can be gone on with.
-
-    Lines count only for the same weights, images and seed, which `fingerprint` stands for.
-    """
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
-        self.known: dict[str, dict[int, bool]] = {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with suppress(ValueError):  # a line that a kill cut short
-                record = json.loads(line)
-                if record["fingerprint"] == fingerprint:
-                    survived = (digit == "1" for digit in record["correct"])
-                    self.known.setdefault(record["attack"], {}).update(zip(record["images"], survived, strict=True))
-
-    def put(self, attack: str, images: Tensor, correct: Tensor) -> None:
-        text = "".join("1" if value else "0" for value in correct.tolist())
-        record = {"fingerprint": self.fingerprint, "attack": attack, "images": images.tolist(), "correct": text}
-        append_line(self.path, record)
 
 
 def evaluate(
@@ -160,33 +140,10 @@ def evaluate_in_parts(
     return Evaluation(len(split), accuracy.pop("clean"), accuracy, worst, shared)
 
 
-def fingerprint(model: nn.Module, split: Split, threat: ThreatModel, seed: int, batch_size: int) -> str:
-    """A short text that changes with anything an accuracy depends on, the attack aside."""
-    digest = hashlib.sha256(repr(("image-wise", threat, seed, batch_size)).encode())
-    for values in model.state_dict().values():
-        digest.update(bytes_of(values))
-    digest.update(split.identity())
-    return digest.hexdigest()[:16]
-
-
-def alarms(robust: dict[str, float]) -> list[str]:
-    """Signs, in robust accuracies in percent by attack, that gradients are masked and the accuracies too high."""
-    found = []
-    for images in {name.partition("@")[2] for name in robust}:  # attacks on the same images
-        found += _alarms({n.partition("@")[0]: value for n, value in robust.items() if n.partition("@")[2] == images})
-    return found
-
-
-def _alarms(robust: dict[str, float]) -> list[str]:
-    found = []
-    white_box = {name: value for name, value in robust.items() if name not in ("square", "autoattack")}
-    if "square" in robust and white_box and robust["square"] < min(white_box.values()):
-        found.append("Square, which needs no gradients, beats every attack that uses them")
-    plain = {name: attack for name in robust if isinstance(attack := parse_attack(name), PgdAttack)}
-    weak, strong = (
-        min((robust[n] for n, a in plain.items() if a == PgdAttack(steps, a.restarts, samples=a.samples)), default=None)
-        for steps in (20, 50)
-    )
-    if weak is not None and strong is not None and weak - strong > 5.0:
-        found.append(f"PGD-50 leaves {weak - strong:.1f} points less than PGD-20: short attacks do not converge")
-    return found
+def seconds_per_pass(model: nn.Module, split: Split, threat: ThreatModel) -> float:
+    """Seconds that one forward or input gradient of one image takes."""
+    few, attack = split.first(PROBED_SAMPLES), PgdAttack(2)
+    evaluate(model, few, threat, [attack])  # warms up
+    started = time.perf_counter()
+    evaluate(model, few, threat, [attack])
+    return (time.perf_counter() - started) / passes_on([attack], len(few))

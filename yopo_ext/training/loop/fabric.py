@@ -7,7 +7,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-from yopo_ext.training.config.resolve import TrainConfig
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.torchvision_import import import_torchvision
 
 if TYPE_CHECKING:

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from yopo_ext import attacks
-from yopo_ext.training.config.resolve import TrainConfig, threat_model
-from yopo_ext.training.data.splits import Batch, Dataset, PerSample, mix_seed
+from yopo_ext.training.config.resolve import threat_model
+from yopo_ext.training.config.schema import TrainConfig
+from yopo_ext.training.data.batches import Batch, PerSample
+from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.methods import Method, Outcome, Start
 from yopo_ext.training.models import build_model
+from yopo_ext.training.run.seeds import mix_seed
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -11,26 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yopo_ext.training.attacks.registry import PgdAttack
-from yopo_ext.training.config.resolve import TrainConfig, require_same, resolve
+from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.config.resolve import dataset_of, require_same, resolve
+from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.augment import Augmentation
-from yopo_ext.training.data.datasets import dataset_of
-from yopo_ext.training.data.splits import Dataset, SplitSource
+from yopo_ext.training.data.batches import SplitSource
+from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.evaluation.evaluate import evaluate
 from yopo_ext.training.loop.collapse_alarm import training_alarm
 from yopo_ext.training.loop.learner import FabricLearner
 from yopo_ext.training.loop.position import Clock, Position
 from yopo_ext.training.methods import Method
 from yopo_ext.training.optim.schedules import make_schedule
-from yopo_ext.training.run.checkpoint import (
-    load_checkpoint,
-    remove_leftovers,
-    require_empty,
-    save_checkpoint,
-    write_json,
-)
+from yopo_ext.training.run.checkpoint import load_checkpoint, require_empty, save_checkpoint
 from yopo_ext.training.run.deadline import Deadline
 from yopo_ext.training.run.environment import environment
+from yopo_ext.training.run.files import remove_leftovers, write_json
 from yopo_ext.training.run.metrics import EpochLog
 from yopo_ext.training.run.progress import Progress
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.model_state import evaluating
-from yopo_ext.training.data.splits import Batch, Frame, PerSample
+from yopo_ext.training.data.batches import Batch, Frame, PerSample
 
 BNMode = Literal["eval", "train"]
 Start = Literal["zero", "uniform", "corners"]

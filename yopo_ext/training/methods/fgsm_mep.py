@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from yopo_ext.attacks import AdmissibleSet
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import (
     Cost,
     Learner,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from yopo_ext import validation
 from yopo_ext.attacks import AdmissibleSet
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Learner, Outcome, Start, default_step, option
 from yopo_ext.training.methods.fgsm_mep import FgsmMep
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import (
     Cost,
     Learner,

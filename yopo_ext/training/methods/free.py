@@ -9,7 +9,7 @@ import torch
 
 from yopo_ext import validation
 from yopo_ext.attacks import AdmissibleSet
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, default_step, option
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from yopo_ext import validation
 from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.model_state import evaluating
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, option
 
 WIDE = 8 / 255  # beyond this eps: stronger noise, and no clipping to the ball

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import (
     Cost,
     Learner,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, train_on
 
 

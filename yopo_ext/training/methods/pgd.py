@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from yopo_ext import validation
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, default_step, option, train_on
 
 

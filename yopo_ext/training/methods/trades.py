@@ -11,7 +11,7 @@ from torch import Tensor
 
 from yopo_ext import validation
 from yopo_ext.attacks import AdmissibleSet
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, default_step, logits_before, option
 
 START = 1e-3  # standard deviation of the attack's start: at zero the divergence has no gradient

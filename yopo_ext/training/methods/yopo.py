@@ -20,7 +20,7 @@ from torch import Tensor
 
 from yopo_ext import validation, yopo_step
 from yopo_ext.attacks import AdmissibleSet, broadcast
-from yopo_ext.training.data.splits import Batch
+from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, Start, ThreatModel, default_step, option
 from yopo_ext.training.methods.converge_smooth import ConvergeSmooth
 

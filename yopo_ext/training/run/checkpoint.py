@@ -1,55 +1,13 @@
-"""Files that survive a kill at any moment: checkpoints and JSON."""
+"""Checkpoints: what a run writes into its folder, and how it is read back."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Replace `path` by what `write` writes: after a kill or a power cut it is either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line, on a line of its own even if a kill cut the last one short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write((json.dumps(record) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
+from yopo_ext.training.run.files import write_atomically
 
 # What a run or a comparison leaves in its folder.
 WRITTEN = ("run.json", "last.pt", "model.pt", "metrics.jsonl", "result.json", "comparison.json")
@@ -62,12 +20,6 @@ def require_empty(folder: Path) -> None:
         raise ValueError(
             f"out must be a folder without a run or comparison unless resume is 'auto'; {folder} holds {', '.join(found)}"
         )
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the unfinished files that killed writers left in a folder nobody else writes to."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

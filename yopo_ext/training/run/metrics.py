@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from yopo_ext.training.run.checkpoint import append_line, write_atomically
+from yopo_ext.training.run.files import append_line, write_atomically
 
 
 class EpochLog:

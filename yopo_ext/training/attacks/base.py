@@ -1,0 +1,74 @@
+"""What an attack of an evaluation is, and the model as attacks call it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from yopo_ext import attacks
+from yopo_ext.training.attacks.image_wise import Starts
+from yopo_ext.training.methods.base import ThreatModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """What is tried on a model; `samples`: only on the first so many images of the split (None: on all)."""
+
+    whole_batches: ClassVar[bool] = False  # whether an image's result depends on the others of its batch
+
+    samples: int | None = None
+
+    @property
+    def name(self) -> str:
+        """How it is written on the command line: "pgd-20", "autoattack@1000"."""
+        return self.kind if self.samples is None else f"{self.kind}@{self.samples}"
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The name, without the number of images."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Forwards and input gradients per image."""
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, starts: Starts) -> Tensor:
+        """The perturbation found, [B, C, H, W]."""
+
+    def count(self, images: int) -> int:
+        """How many of a split's `images` it is tried on."""
+        return images if self.samples is None else min(images, self.samples)
+
+
+def passes_on(attack_list: Sequence[Attack], images: int) -> int:
+    """Forwards and input gradients that `evaluate` spends on a split of so many images, all of them attacked."""
+    return images + sum(attack.count(images) * (1 + attack.passes) for attack in attack_list)
+
+
+def pixel_model(model: nn.Module, threat: ThreatModel) -> nn.Module:
+    """The model as a function of pixels."""
+    return model if threat.mean is None else _Normalised(model, threat)
+
+
+@torch.no_grad()
+def is_correct(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
+    """Whether the model predicts y, [B] bool."""
+    return pixel_model(model, threat)(x).argmax(1) == y
+
+
+class _Normalised(nn.Module):
+    def __init__(self, model: nn.Module, threat: ThreatModel) -> None:
+        super().__init__()
+        assert threat.mean is not None
+        assert threat.std is not None
+        self.model, self.mean, self.std = model, threat.mean, threat.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((x - attacks.broadcast(self.mean, x)) / attacks.broadcast(self.std, x))
