@@ -8,27 +8,10 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    rows = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def machine(environment: dict[str, Any]) -> str:
-    torch = environment.get("torch") or environment["packages"]["torch"]
-    date = f", {environment['date']}" if "date" in environment else ""
-    processor = environment.get("gpu") or f"{environment['cpu']} ({environment['cores']} cores)"
-    return f"{processor}, torch {torch}{date}"
-
-
-def rows_of(file: str) -> list[dict[str, Any]]:
-    return json.loads((RESULTS / f"{file}.json").read_text())["rows"]
+import cifar10
+from tables import RESULTS, ROOT, machine, markdown, rows_of
 
 
 def attack_columns(attacks: list[str]) -> list[str]:
@@ -178,6 +161,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "choosing": ("digits_comparison", choosing),
     "mnist": ("mnist", mnist),
     "cifar10": ("cifar10_comparison", comparison),
+    "cifar10_small": ("cifar10_small", cifar10.runs),
+    "cifar10_trials": ("cifar10_small", cifar10.trials),
     "digits_methods": ("digits_methods", digits_methods),
     "first_layer_cpu": ("first_layer_cpu", first_layer_cpu),
     "training_step_cpu": ("training_step_cpu", training_step_cpu),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +15,14 @@ def test_the_tables_are_those_of_the_results():
 
 
 def test_a_changed_figure_is_noticed(tmp_path):
-    for name in ("scripts", "benchmarks"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    script = tmp_path / "readme.py"
-    script.write_text(
-        (ROOT / "scripts" / "readme.py").read_text().replace("Path(__file__).parent.parent", f"Path({str(tmp_path)!r})")
-    )
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
     readme = (ROOT / "README.md").read_text()
     head, mark, rest = readme.partition("<!-- table:first_layer_cpu -->\n")
     assert mark
     (tmp_path / "README.md").write_text(head + mark + "x" + rest)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 1
+    assert subprocess.run([sys.executable, tmp_path / "scripts" / "readme.py", "--check"], check=False).returncode == 1
 
 
 def test_the_links_lead_somewhere():
