@@ -69,8 +69,8 @@ class Yopo(Method):
         super().check(threat)
         if self.persist and self.outer_steps == 1:
             warnings.warn(
-                "one pass per batch with kept perturbations trains on what the last epoch's weights were attacked with, and "
-                "collapses (PGD-20 11 % where two passes reach 35 % on CIFAR-10); set outer_steps to 2",
+                "one pass per batch with kept perturbations trains on perturbations that were found against the last epoch's "
+                "weights, never on ones found against these; set outer_steps to 2",
                 stacklevel=2,
             )
 
