@@ -141,8 +141,8 @@ def trials(data: dict[str, Any]) -> str:
 
 def plot(data: dict[str, Any]) -> None:
     """Robust accuracy against seconds, every run a point."""
-    from yopo_ext.training.plot import save_plot
-    from yopo_ext.training.report import Row
+    from yopo_ext.training.comparison.plot import save_plot
+    from yopo_ext.training.comparison.report import Row
 
     found, images = grouped(data["rows"])
     points = []
