@@ -17,11 +17,12 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 def make_arguments(
     *, batch=2, channels=3, kernels=5, size=(7, 9), kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1),
     groups=1, activation="identity", negative_slope=0.1, bias=False, scale=False, shift=False, normalise=False,
-    norm="linf", steps=1, step_size=0.02, eps=0.05, per_channel=False, dtype=torch.float32, costate_dtype=None,
+    norm="linf", mask_start=False, steps=1, step_size=0.02, eps=0.05, bounds=(0.0, 1.0), per_channel=False,
+    dtype=torch.float32, costate_dtype=None,
     x_layout=torch.contiguous_format, costate_layout=torch.contiguous_format, saturated=0.2, costate_scale=1.0,
     need_output=True, need_weight_grad=True, seed=0, device="cpu",
 ) -> tuple:  # fmt: skip
-    """The operator's positional arguments; some pixels lie at the bounds, some incoming perturbations outside them."""
+    """The operator's positional arguments; pixels are in [0, 1], some at its ends, some starts outside ball and bounds."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> torch.Tensor:
@@ -56,7 +57,7 @@ def make_arguments(
         [0.4 + 0.1 * float(rand(1)) for _ in range(channels)] if normalise else [],
         [0.2 + 0.1 * float(rand(1)) for _ in range(channels)] if normalise else [],
         list(stride), list(padding), list(dilation), groups, ACTIVATIONS[activation], negative_slope, steps,
-        values(step_size), values(eps), [0.0], [1.0], NORMS[norm], need_output, need_weight_grad, False,
+        values(step_size), values(eps), [bounds[0]], [bounds[1]], NORMS[norm], mask_start, need_output, need_weight_grad, False,
     )  # fmt: skip
 
 
@@ -75,6 +76,8 @@ def cases(draw: st.DrawFn, max_size: int = 20, dtypes=(torch.float32, torch.floa
     size = tuple(draw(st.integers(s, max(s, max_size))) for s in smallest)
     dtype = draw(st.sampled_from(dtypes))
     costate_dtypes = [dtype, torch.float32, torch.bfloat16, torch.float16]
+    lo = draw(st.just(0.0) | st.floats(-0.5, 0.5, width=32))
+    hi = 1.0 if lo == 0.0 else lo + draw(st.floats(0.0, 1.0, width=32))
     return {
         "batch": draw(st.integers(1, 5)),
         "channels": groups * draw(st.integers(1, 5)),
@@ -83,7 +86,8 @@ def cases(draw: st.DrawFn, max_size: int = 20, dtypes=(torch.float32, torch.floa
         "activation": draw(st.sampled_from(list(ACTIVATIONS))),
         "bias": draw(st.booleans()), "scale": draw(st.booleans()), "shift": draw(st.booleans()),
         "normalise": draw(st.booleans()), "per_channel": draw(st.booleans()),
-        "norm": draw(st.sampled_from(list(NORMS))), "steps": draw(st.integers(0, 3)),
+        "norm": draw(st.sampled_from(list(NORMS))), "mask_start": draw(st.booleans()), "steps": draw(st.integers(0, 3)),
+        "bounds": (lo, hi),
         "dtype": dtype, "costate_dtype": draw(st.sampled_from(costate_dtypes)),
         "x_layout": draw(st.sampled_from(LAYOUTS)), "costate_layout": draw(st.sampled_from(LAYOUTS)),
         "need_output": draw(st.booleans()), "need_weight_grad": draw(st.booleans()),

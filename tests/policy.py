@@ -25,8 +25,8 @@ KINKED = (ACTIVATIONS["relu"], ACTIVATIONS["leaky_relu"])
 NAMES = ("eta", "output", "grad_weight", "grad_bias", "grad_scale", "grad_shift")
 ARGUMENTS = (
     "x", "eta", "costate", "weight", "bias", "scale", "shift", "mean", "std", "stride", "padding", "dilation", "groups",
-    "activation", "negative_slope", "steps", "step_size", "eps", "lo", "hi", "norm", "need_output", "need_weight_grad",
-    "allow_tf32",
+    "activation", "negative_slope", "steps", "step_size", "eps", "lo", "hi", "norm", "mask_start", "need_output",
+    "need_weight_grad", "allow_tf32",
 )  # fmt: skip
 
 
@@ -201,13 +201,13 @@ def _check_step(arguments: tuple, eta: Tensor, new_eta: Tensor, eps: float) -> N
     lo, hi, radius, sigma = (
         torch.tensor(a[k], dtype=x.dtype).reshape(-1, 1, 1) for k in ("lo", "hi", "eps", "step_size")
     )
-    u = torch.clamp(x + eta, lo, hi)
+    u = torch.clamp(x + eta, lo, hi) if a["mask_start"] else x + eta
     at = bounds_at(arguments, u.double(), eps)
     lower, upper = (
         torch.fmin(lo - x, torch.zeros((), dtype=x.dtype)),
         torch.fmax(hi - x, torch.zeros((), dtype=x.dtype)),
     )
-    outside = (eta < lower) | (eta > upper)
+    outside = ((eta < lower) | (eta > upper)) & a["mask_start"]
     g = torch.where(outside, 0.0, at.g)
     if a["norm"] == NORMS["linf"]:
         step = eta + sigma * (torch.sign(g).to(x.dtype))

@@ -77,6 +77,7 @@ def oracle_step(
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """Accumulates `.grad`; returns the last perturbation and the losses."""
     lo, hi = bounds
+    mask_start = gradient == "released"
     lower, upper = torch.clamp(lo - x, max=0), torch.clamp(hi - x, min=0)
 
     def first(layer: nn.Module, u: Tensor) -> Tensor:
@@ -96,9 +97,9 @@ def oracle_step(
         if gradient in ("full", "released"):
             hidden.backward(p)
         for i in range(n):
-            u = torch.clamp(x + eta, lo, hi).requires_grad_()
+            u = (torch.clamp(x + eta, lo, hi) if mask_start else x + eta).requires_grad_()
             (g,) = torch.autograd.grad(first(still, u), u, p)
-            if i == 0:
+            if mask_start and i == 0:
                 g = torch.where((eta < lower) | (eta > upper), 0.0, g)
             if norm == "linf":
                 eta = torch.clamp(eta + step_size * g.sign(), -eps, eps)

@@ -34,7 +34,7 @@ def _output_size(size: int, kernel: int, stride: int, padding: int, dilation: in
 
 def _arguments(
     x, eta, costate, weight, bias, *, stride, padding, dilation, groups, mean, std, scale, shift, activation,
-    negative_slope, steps, step_size, eps, norm, bounds, allow_tf32, need_output, need_weight_grad,
+    negative_slope, steps, step_size, eps, norm, bounds, mask_start, allow_tf32, need_output, need_weight_grad,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Check everything and return the operator's positional arguments."""
     x = validation.floating("x", validation.tensor("x", x, (None,) * 4), validation.X_DTYPES)
@@ -70,11 +70,14 @@ def _arguments(
     if std_values and min(std_values) <= 0:
         raise ValueError(f"std must be > 0; got {min(std_values)}")
     eps, step_size, lo, hi = validation.threat_model(eps, step_size, bounds, norm, channels)
+    if not isinstance(mask_start, bool):
+        raise TypeError(f"mask_start must be True or False; got {type(mask_start).__name__}")
     return (
         x, eta, costate, weight.to(x.dtype), parameter("bias", bias), parameter("scale", scale),
         parameter("shift", shift), mean_values, std_values, stride, padding, dilation, groups,
         validation.activation(activation), float(negative_slope), validation.integer("steps", steps, 0),
-        step_size, eps, lo, hi, NORMS[norm], bool(need_output), bool(need_weight_grad), resolve_allow_tf32(allow_tf32),
+        step_size, eps, lo, hi, NORMS[norm], mask_start, bool(need_output), bool(need_weight_grad),
+        resolve_allow_tf32(allow_tf32),
     )  # fmt: skip
 
 
@@ -106,6 +109,7 @@ def first_layer_update(
     eps: Constants,
     norm: str = "linf",
     bounds: tuple[Constants, Constants] | None = (0.0, 1.0),
+    mask_start: bool = False,
     allow_tf32: bool | None = None,
     need_output: bool = True,
     need_weight_grad: bool = True,
@@ -114,12 +118,14 @@ def first_layer_update(
 
     f0(u) = act(scale * conv2d((u - mean) / std, weight, bias) + shift). With p fixed, `steps` times (L-inf):
 
-        g = d/du <p, f0(u)> at u = clamp(x + eta, lo, hi), 0 in the first step where eta leaves [lo - x, hi - x]
+        g = d/du <p, f0(u)> at u = x + eta
         eta = clamp(eta + step_size * sign(g), max(-eps, min(lo - x, 0)), min(eps, max(hi - x, 0)))
 
-    L2: eta + step_size * g / ||g||, projected on the ball of radius eps, then clamped to the box. Then, at the new eta, the
-    output f0(x + eta) and the gradients of <p, f0(x + eta)>. If f0 is affine (activation "identity") g does not depend
-    on eta and is computed once, whatever `steps` is; the result is the same, for L-inf bit by bit.
+    L2: eta + step_size * g / ||g||, projected on the ball of radius eps, then clamped to the box. A first eta outside the
+    ball or the box is stepped from like any other (see `mask_start`). Then, at the new eta, the output f0(x + eta) and the
+    gradients of <p, f0(x + eta)>. n steps equal n calls of one step, bit by bit. If f0 is affine (activation "identity")
+    g does not depend on eta and is computed once, whatever `steps` is; the result is the same, for L-inf bit by bit.
+    (Section 3 of the YOPO paper: n gradient steps on the Hamiltonian <p, f0> of the first layer.)
 
     Args:
         x: input [B, C, H, W], float32 or float64, NCHW or channels_last.
@@ -132,6 +138,9 @@ def first_layer_update(
         steps: n >= 0.
         step_size, eps, bounds: in x's units; numbers or one per input channel (L2: numbers). bounds=None: unbounded.
         norm: "linf" or "l2".
+        mask_start: True: g is taken at u = clamp(x + eta, lo, hi) in every step, and in the first step it is 0 where
+            the incoming eta lies outside [min(lo - x, 0), max(hi - x, 0)], as if it were differentiated through that
+            clamp: what the YOPO authors' released code does from its unprojected random start.
         allow_tf32: whether tensor cores may round fp32 products to TF32; None follows torch.backends.cudnn.conv.
         need_output, need_weight_grad: which results to compute besides eta.
 
@@ -144,8 +153,8 @@ def first_layer_update(
     arguments = _arguments(
         x, eta, costate, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, mean=mean,
         std=std, scale=scale, shift=shift, activation=activation, negative_slope=negative_slope, steps=steps,
-        step_size=step_size, eps=eps, norm=norm, bounds=bounds, allow_tf32=allow_tf32, need_output=need_output,
-        need_weight_grad=need_weight_grad,
+        step_size=step_size, eps=eps, norm=norm, bounds=bounds, mask_start=mask_start, allow_tf32=allow_tf32,
+        need_output=need_output, need_weight_grad=need_weight_grad,
     )  # fmt: skip
     new_eta, output, grad_weight, grad_bias, grad_scale, grad_shift = _run(arguments)
 

@@ -125,6 +125,7 @@ def yopo_step(
     eta = step.start(init, project=gradient != "released")
     scale = 1.0 / outer_steps if mean_over_passes and train_on == "all" else 1.0
     where = {"gradient_before": gradient != "paper", "gradient_after": gradient != "full"}
+    mask_start = gradient == "released"  # whose start is not projected, and whose clamp has no gradient there
     losses: list[Tensor] = []
     with torch.enable_grad():
         for j in range(outer_steps):
@@ -133,6 +134,7 @@ def yopo_step(
                 result = step.passes.run(
                     eta,
                     step.objective,
+                    mask_start=mask_start,
                     scale=scale,
                     synchronise=last or after_pass is not None,
                     more=not last and after_pass is None,
@@ -141,7 +143,13 @@ def yopo_step(
             else:
                 with frozen_parameters(model), frozen_parameters(step.trained_loss):
                     result = step.passes.run(
-                        eta, step.objective, gradient_before=False, gradient_after=False, synchronise=False, more=True
+                        eta,
+                        step.objective,
+                        gradient_before=False,
+                        gradient_after=False,
+                        mask_start=mask_start,
+                        synchronise=False,
+                        more=True,
                     )
             eta = result.eta
             losses.append(result.loss)

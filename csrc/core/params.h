@@ -63,6 +63,7 @@ struct Params {
   double negative_slope;
   ChannelConstant mean, std, step_size, eps, lo, hi;
   Norm norm;
+  bool mask_start;  // every step's u is clamped to [lo, hi]; the first has no gradient where eta leaves the box
   int64_t steps;
   bool allow_tf32;
 

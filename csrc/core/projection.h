@@ -42,21 +42,23 @@ YOPO_HD T signed_step(T g, T step_size) {  // step_size * sign(g)
   return g > T(0) ? step_size : (g < T(0) ? -step_size : T(0));
 }
 
+// With `mask_start`, the gradient (or step) of the first step. Later steps need no mask: what `project` returns lies in
+// [a, b], so in [lower, upper], without rounding.
 template <class T>
-YOPO_HD T masked(T g, T eta, T lower, T upper) {  // the gradient of the first step
+YOPO_HD T masked(T g, T eta, T lower, T upper) {
   return (eta < lower || eta > upper) ? T(0) : g;
 }
 
-// n L-inf steps along one gradient: what the iteration does when f0 is affine, bit by bit.
-template <class T>
+// n L-inf steps along one gradient: what the iteration does when f0 is affine, bit by bit. kMask: the first is masked.
+template <bool kMask, class T>
 YOPO_HD T linf_steps(T eta, T g, const Interval<T>& i, T step_size, long steps) {
   if (steps == 0) return eta;
-  eta = project(eta + signed_step(masked(g, eta, i.lower, i.upper), step_size), i.a, i.b);
   const T s = signed_step(g, step_size);
+  eta = project(eta + (kMask ? masked(s, eta, i.lower, i.upper) : s), i.a, i.b);
   for (long k = 1; k < steps; ++k) {
-    const T next = project(eta + s, i.a, i.b);
-    if (next == eta) break;  // at a fixed point of the iteration
-    eta = next;
+    const T before = eta;
+    eta = project(eta + s, i.a, i.b);
+    if (eta == before) break;  // at a fixed point of the iteration
   }
   return eta;
 }

@@ -40,9 +40,9 @@ YOPO_HD Vec<T> further_steps(Vec<T> eta, Vec<T> step, Vec<T> a, Vec<T> b, int64_
   return eta;
 }
 
-// `steps` L-inf steps along a fixed gradient; `first` applies the mask of the incoming perturbation.
+// `steps` L-inf steps along a fixed gradient; `mask`: the first has none where the incoming eta leaves the box.
 template <class T>
-void linf_steps(const Params& p, const T* x, const T* g, int64_t steps, bool first, T* eta) {
+void linf_steps(const Params& p, const T* x, const T* g, int64_t steps, bool mask, T* eta) {
   constexpr int64_t kTile = 128;
   const int64_t pixels = p.height * p.width;
   T e[kTile] = {}, a[kTile] = {}, b[kTile] = {}, step[kTile] = {};
@@ -56,9 +56,8 @@ void linf_steps(const Params& p, const T* x, const T* g, int64_t steps, bool fir
         a[i] = interval.a;
         b[i] = interval.b;
         step[i] = signed_step(gs[i], threat.step_size);
-        const T masked_step =
-            signed_step(first ? masked(gs[i], es[i], interval.lower, interval.upper) : gs[i], threat.step_size);
-        e[i] = project(es[i] + masked_step, a[i], b[i]);
+        const T first = mask ? masked(step[i], es[i], interval.lower, interval.upper) : step[i];
+        e[i] = project(es[i] + first, a[i], b[i]);
       }
       for (int64_t i = 0; i < n && steps > 1; i += kLanes<T>)
         store(e + i, further_steps<T>(load(e + i), load(step + i), load(a + i), load(b + i), steps - 1));
@@ -119,15 +118,15 @@ void l2_project(const Params& p, const T* x, T* eta) {
   }
 }
 
-// `steps` L2 steps along a fixed gradient; the masked and the unmasked unit vector are kept apart. `scratch`: C*H*W
-// elements.
+// `steps` L2 steps along a fixed gradient: one unit vector for all, or (`mask`) one of the masked gradient for the
+// first step and one for the rest. `scratch`: C*H*W elements.
 template <class T>
-void l2_steps(const Params& p, const T* x, const T* g, int64_t steps, bool first, T* eta, T* scratch) {
+void l2_steps(const Params& p, const T* x, const T* g, int64_t steps, bool mask, T* eta, T* scratch) {
   const int64_t pixels = p.height * p.width, n = p.channels * pixels;
   const T step_size = static_cast<T>(p.step_size[0]);
   for (int64_t k = 0; k < steps; ++k) {
-    const bool mask = first && k == 0;
-    if (mask) {
+    const bool masks = mask && k == 0;
+    if (masks) {
       for (int64_t c = 0; c < p.channels; ++c) {
         const ChannelThreat<T> threat(p, c);
         for (int64_t i = c * pixels; i < (c + 1) * pixels; ++i) {
@@ -136,7 +135,7 @@ void l2_steps(const Params& p, const T* x, const T* g, int64_t steps, bool first
         }
       }
     }
-    if (k < 2) l2_direction(mask ? scratch : g, n, scratch);
+    if (k == 0 || (mask && k == 1)) l2_direction(masks ? scratch : g, n, scratch);
     for (int64_t i = 0; i < n; ++i) eta[i] += step_size * scratch[i];
     l2_project(p, x, eta);
   }

@@ -73,12 +73,12 @@ class Update {
     // 2) The inner steps: one gradient for all of them where f0 is affine.
     if (p_.affine() && p_.steps > 0) {
       affine_gradient(planes, costate);
-      step(planes, p_.steps, true);
+      step(planes, p_.steps, p_.mask_start);
     } else {
       for (int64_t i = 0; i < p_.steps; ++i) {
-        set_input(planes, true);
+        set_input(planes, p_.mask_start);
         nonlinear_gradient(planes, costate);
-        step(planes, 1, i == 0);
+        step(planes, 1, p_.mask_start && i == 0);
       }
     }
     scatter_image(p_, planes.eta, static_cast<T*>(p_.eta_out) + image * p_.eta_out_strides[0], p_.eta_out_strides);
@@ -122,16 +122,16 @@ class Update {
     }
   };
 
-  void step(ImagePlanes<T>& planes, int64_t steps, bool first) const {
+  void step(ImagePlanes<T>& planes, int64_t steps, bool mask) const {
     collect_gradient(planes);
     if (p_.norm == Norm::kLinf) {
-      linf_steps(p_, planes.x, planes.gradient, steps, first, planes.eta);
+      linf_steps(p_, planes.x, planes.gradient, steps, mask, planes.eta);
     } else {
-      l2_steps(p_, planes.x, planes.gradient, steps, first, planes.eta, planes.direction);
+      l2_steps(p_, planes.x, planes.gradient, steps, mask, planes.eta, planes.direction);
     }
   }
 
-  // u = norm(x + eta), into the interior of the input planes; clamped to the box for the inner steps.
+  // u = norm(x + eta), into the interior of the input planes; clamped to the box for inner steps with `mask_start`.
   void set_input(ImagePlanes<T>& planes, bool clamped) const {
     for (int64_t c = 0; c < p_.channels; ++c) {
       const ChannelThreat<T> threat(p_, c);

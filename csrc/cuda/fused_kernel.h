@@ -39,6 +39,14 @@ struct FusedBlock : FusedResults<V> {
 
   // ---- 5) the projected step; u follows eta ----
   YOPO_DEVICE void step(bool first, bool last) {
+    if (p.mask_start)  // once, not per element
+      step_as<true>(first, last);
+    else
+      step_as<false>(first, last);
+  }
+
+  template <bool kMask>
+  YOPO_DEVICE void step_as(bool first, bool last) {
     const bool keeps_input = plan.mode == FusedMode::kResident && plan.u_rows > 0;
     const int rows = y1 - y0;
     for (int task = warp(); task < C * rows; task += kWarps) {  // the same elements for the same thread in every step
@@ -53,17 +61,19 @@ struct FusedBlock : FusedResults<V> {
                                     y * args.eta_to_strides[2] + column * args.eta_to_strides[3]];
         float eta = first ? load(args.eta_from, args.eta_from_strides, c, y, column) : target;
         const Interval<float> i = admissible_interval(x, eps, lo, hi);
-        const bool masks = first && args.first;
         if constexpr (V::kAffine) {
-          eta = linf_steps(eta, gradient, i, sigma, args.steps);
+          eta = linf_steps<kMask>(eta, gradient, i, sigma, args.steps);
         } else if (args.steps > 0) {
-          eta = project(eta + signed_step(masks ? masked(gradient, eta, i.lower, i.upper) : gradient, sigma), i.a, i.b);
+          const bool masks = kMask && first && args.first;
+          const float s = signed_step(gradient, sigma);
+          eta = project(eta + (masks ? masked(s, eta, i.lower, i.upper) : s), i.a, i.b);
         }
         target = eta;
         const int u_row = y - u_top, u_col = column + int(p.padding[1]);
         if (keeps_input && u_row >= 0 && u_row < plan.u_rows && u_col < plan.u_cols) {
           const float value = x + eta;
-          u[(c * plan.u_rows + u_row) * plan.u_cols + u_col] = normalised(last ? value : clamp(value, lo, hi), c);
+          u[(c * plan.u_rows + u_row) * plan.u_cols + u_col] =
+              normalised(kMask && !last ? clamp(value, lo, hi) : value, c);
         }
       }
     }
@@ -76,7 +86,7 @@ struct FusedBlock : FusedResults<V> {
       take_tile(tile);
       // A resident image with nothing to move still copies eta: one pass through step() without steps.
       const bool looping = plan.mode == FusedMode::kResident && !V::kAffine;
-      if (plan.u_rows > 0 || plan.g_rows > 0) load_input(moves());
+      if (plan.u_rows > 0 || plan.g_rows > 0) load_input(moves() && p.mask_start);
       sync<24>();  // parameters, u and an empty g
       if (moves()) {
         const int rounds = looping && args.steps > 1 ? args.steps : 1;

@@ -26,7 +26,7 @@ struct GeneralImage {
   int H, W, OH, OW, R, S, C, K, group_channels, group_kernels;
   T* q;  // of this block
   T* g;
-  bool clamp_input;  // u = clamp(x + eta, lo, hi) while eta moves; the results are taken at x + eta as it is
+  bool clamp_input;  // u = clamp(x + eta, lo, hi): with `mask_start`, while eta moves
 
   YOPO_DEVICE GeneralImage(const UpdateArgs& a)
       : args(a),
@@ -44,7 +44,7 @@ struct GeneralImage {
         group_kernels(int(p.kernels / p.groups)),
         q(a.costate_scratch ? static_cast<T*>(a.costate_scratch) + block() * p.kernels * OH * OW : nullptr),
         g(a.gradient_scratch ? static_cast<T*>(a.gradient_scratch) + block() * p.channels * H * W : nullptr),
-        clamp_input(true) {}
+        clamp_input(false) {}
 
   YOPO_DEVICE int64_t at(const int64_t (&strides)[4], int c, int y, int x) const {
     return image * strides[0] + c * strides[1] + y * strides[2] + x * strides[3];
@@ -133,16 +133,14 @@ struct GeneralImage {
     });
   }
 
-  // One L-inf step, or for an affine f0 all of them.
-  YOPO_DEVICE void step_linf(bool first, long steps) const {
+  // One L-inf step, or for an affine f0 all of them; kMask: the first is masked.
+  template <bool kMask>
+  YOPO_DEVICE void step_linf(long steps) const {
     for_inputs([&](int c, int y, int x, int64_t) {
       const T sigma = args.constants.get<T>(kStepSize, c);
       const Interval<T> i = interval(c, y, x, args.constants.get<T>(kEps, c));
       const T grad = gradient(c, y, x), old = eta(c, y, x);
-      if (p.affine())
-        eta(c, y, x) = linf_steps(old, grad, i, sigma, steps);
-      else
-        eta(c, y, x) = project(old + signed_step(first ? masked(grad, old, i.lower, i.upper) : grad, sigma), i.a, i.b);
+      eta(c, y, x) = linf_steps<kMask>(old, grad, i, sigma, steps);
     });
   }
 
@@ -161,21 +159,29 @@ struct GeneralImage {
     scaled = std::sqrt(block_reduce<Sum>(sum, scratch));
   }
 
-  // One L2 step along the gradient in g. Only the owner of an element touches it, so no barrier is needed in between.
-  YOPO_DEVICE void step_l2(bool first, T* scratch) const {
-    auto direction = [&](int c, int y, int x, int64_t i) {
-      const Interval<T> box = interval(c, y, x, T(INFINITY));
-      return first ? masked(g[i], eta_before(c, y, x), box.lower, box.upper) : g[i];
-    };
+  // A norm as `scaled_norm` returns it.
+  struct Norms {
     T largest, scaled;
-    scaled_norm(direction, scratch, largest, scaled);
-    const bool usable = largest > T(0) && largest - largest == T(0);
+  };
+
+  // One L2 step along the gradient in g, whose norm is `norms`, or is computed into it if `fresh`. kMask: g is masked.
+  // Only the owner of an element touches it, so no barrier is needed in between.
+  template <bool kMask>
+  YOPO_DEVICE void step_l2(bool fresh, Norms& norms, T* scratch) const {
+    auto direction = [&](int c, int y, int x, int64_t i) {
+      if constexpr (!kMask) return g[i];
+      const Interval<T> box = interval(c, y, x, T(INFINITY));
+      return masked(g[i], eta_in(c, y, x), box.lower, box.upper);
+    };
+    if (fresh) scaled_norm(direction, scratch, norms.largest, norms.scaled);
+    const bool usable = norms.largest > T(0) && norms.largest - norms.largest == T(0);
     for_inputs([&](int c, int y, int x, int64_t i) {
-      const T unit = usable ? direction(c, y, x, i) / largest / scaled : T(0);
+      const T unit = usable ? direction(c, y, x, i) / norms.largest / norms.scaled : T(0);
       const T moved = eta(c, y, x) + args.constants.get<T>(kStepSize, c) * unit;
       eta(c, y, x) = moved == moved ? moved : T(0);
     });
     auto moved = [&](int c, int y, int x, int64_t) { return eta(c, y, x); };
+    T largest, scaled;
     scaled_norm(moved, scratch, largest, scaled);
     for_inputs([&](int c, int y, int x, int64_t) {
       const T eps = args.constants.get<T>(kEps, c), norm = largest * scaled;
@@ -185,7 +191,6 @@ struct GeneralImage {
       eta(c, y, x) = above < box.upper ? above : box.upper;
     });
   }
-  YOPO_DEVICE T eta_before(int c, int y, int x) const { return eta_in(c, y, x); }
 
   // D += sum q * u and sum q, one entry per thread; rows are summed apart, for accuracy.
   YOPO_DEVICE void add_partial_sums(bool first_image) const {
@@ -218,26 +223,32 @@ __global__ void __launch_bounds__(kGeneralThreads) general_kernel(const __grid_c
   const Params& p = args.params;
   for (int64_t b = block(); b < p.batch; b += blocks()) {
     image.image = b;
-    image.clamp_input = true;
+    image.clamp_input = p.mask_start;
     // 1) eta' starts as eta
     image.for_inputs([&](int c, int y, int x, int64_t) { image.eta(c, y, x) = image.eta_in(c, y, x); });
     sync<3>();
     // 2) the inner steps
     if (p.norm == Norm::kLinf && p.affine()) {
-      image.step_linf(true, long(p.steps));
+      p.mask_start ? image.template step_linf<true>(long(p.steps)) : image.template step_linf<false>(long(p.steps));
       sync<6>();  // eta' is complete
     } else {
+      typename GeneralImage<T>::Norms norms{};  // of g; an affine f0's serves every step but a masked one
       for (int64_t step = 0; step < p.steps; ++step) {
         if (!p.affine()) {
           image.run_forward(true, false);
           sync<4>();  // q is complete
         }
+        const bool masks = p.mask_start && step == 0;
         if (p.norm == Norm::kLinf) {
-          image.step_linf(step == 0, 1);
+          masks ? image.template step_linf<true>(1) : image.template step_linf<false>(1);
         } else {
           if (step == 0 || !p.affine())
             image.for_inputs([&](int c, int y, int x, int64_t i) { image.g[i] = image.gradient(c, y, x); });
-          image.step_l2(step == 0, scratch);
+          if (masks) {
+            image.template step_l2<true>(true, norms, scratch);
+          } else {
+            image.template step_l2<false>(!p.affine() || step == (p.mask_start ? 1 : 0), norms, scratch);
+          }
         }
         sync<5>();  // eta' is complete, q may be overwritten
       }

@@ -32,7 +32,8 @@ YOPO_DEVICE int64_t patch_index(const Params& p, int64_t b, int c, int y, int x)
 YOPO_DEVICE int64_t grid_index() { return int64_t(block()) * kPatchThreads + tid(); }
 YOPO_DEVICE int64_t grid_step() { return int64_t(blocks()) * kPatchThreads; }
 
-__global__ void __launch_bounds__(kPatchThreads) patch_step_kernel(const __grid_constant__ PatchArgs args) {
+template <bool kMask>
+YOPO_DEVICE void patch_steps(const PatchArgs& args) {
   const Params& p = args.update.params;
   const ConstantTable& constants = args.update.constants;
   const int64_t count = p.batch * p.channels * p.height * p.width;
@@ -46,14 +47,18 @@ __global__ void __launch_bounds__(kPatchThreads) patch_step_kernel(const __grid_
     if (constants.present(kStd)) gradient /= constants.get<float>(kStd, c);
     const Interval<float> box = admissible_interval(pixel, constants.get<float>(kEps, c), constants.get<float>(kLo, c),
                                                     constants.get<float>(kHi, c));
-    const float eta = linf_steps(static_cast<const float*>(p.eta)[at(p.eta_strides)], gradient, box,
-                                 constants.get<float>(kStepSize, c), long(p.steps));
+    const float eta = linf_steps<kMask>(static_cast<const float*>(p.eta)[at(p.eta_strides)], gradient, box,
+                                        constants.get<float>(kStepSize, c), long(p.steps));
     static_cast<float*>(p.eta_out)[at(p.eta_out_strides)] = eta;
     if (index < 0 || args.matrices.patches == nullptr) continue;
     float u = pixel + eta;
     if (constants.present(kMean)) u = (u - constants.get<float>(kMean, c)) / constants.get<float>(kStd, c);
     store_as<float>(args.matrices.patches, args.matrices.dtype, index, u);
   }
+}
+
+__global__ void __launch_bounds__(kPatchThreads) patch_step_kernel(const __grid_constant__ PatchArgs args) {
+  args.update.params.mask_start ? patch_steps<true>(args) : patch_steps<false>(args);
 }
 
 __global__ void __launch_bounds__(kPatchThreads) patch_output_kernel(const __grid_constant__ PatchArgs args) {

@@ -65,7 +65,7 @@ struct Case {
     std::vector<double> e = eta, u(x.size());
     const int64_t in = p.channels / p.groups;
     for (int64_t step = 0; step < p.steps; ++step) {
-      for (size_t i = 0; i < x.size(); ++i) u[i] = clamp(x[i] + e[i], 0.0, 1.0);
+      for (size_t i = 0; i < x.size(); ++i) u[i] = p.mask_start ? clamp(x[i] + e[i], 0.0, 1.0) : x[i] + e[i];
       std::vector<double> g(x.size(), 0.0);
       each_output([&](int64_t b, int64_t k, int64_t oh, int64_t ow, size_t i) {
         const double q = costate[i] * slope(p.affine() ? 0.0 : pre(u, b, k, oh, ow));
@@ -78,7 +78,7 @@ struct Case {
       });
       for (size_t i = 0; i < x.size(); ++i) {
         const Interval<double> t = admissible_interval(x[i], constants[1], 0.0, 1.0);
-        const double gi = step == 0 ? masked(g[i], e[i], t.lower, t.upper) : g[i];
+        const double gi = p.mask_start && step == 0 ? masked(g[i], e[i], t.lower, t.upper) : g[i];
         e[i] = project(e[i] + signed_step(gi, constants[0]), t.a, t.b);
       }
     }
@@ -133,7 +133,7 @@ int main() {
     p.compute = p.costate_dtype = DType::kFloat64;
     p.activation = pick(0, 1) == 0 ? Activation::kIdentity : Activation::kSilu;
     p.steps = pick(0, 3);
-    p.norm = Norm::kLinf;
+    p.norm = Norm::kLinf, p.mask_start = pick(0, 1) == 1;
     p.step_size = {&c.constants[0], 1}, p.eps = {&c.constants[1], 1}, p.lo = {&c.constants[2], 1},
     p.hi = {&c.constants[3], 1};
     const int64_t pixels = p.channels * p.height * p.width, outputs = p.kernels * p.out_height * p.out_width;

@@ -42,6 +42,7 @@ struct OwnedParams {
     p.activation = Activation(integer("activation")), p.norm = Norm(integer("norm"));
     p.negative_slope = d["negative_slope"].cast<double>();
     p.steps = integer("steps"), p.allow_tf32 = d["allow_tf32"].cast<bool>();
+    p.mask_start = d["mask_start"].cast<bool>();
     const char* names[6] = {"mean", "std", "step_size", "eps", "lo", "hi"};
     ChannelConstant* targets[6] = {&p.mean, &p.std, &p.step_size, &p.eps, &p.lo, &p.hi};
     for (int i = 0; i < 6; ++i) {

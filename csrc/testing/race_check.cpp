@@ -22,16 +22,18 @@ struct Case {
   bool results;
   int shared_kilobytes;
   DType compute;
+  bool mask_start;
 };
 
 constexpr Case kCases[] = {
-    {"affine", 3, 16, 17, 3, 1, 1, Activation::kIdentity, Norm::kLinf, 2, true, 227, DType::kFloat32},
-    {"output", 3, 16, 13, 3, 1, 1, Activation::kRelu, Norm::kLinf, 1, false, 227, DType::kFloat32},
-    {"relu", 1, 16, 14, 3, 1, 0, Activation::kRelu, Norm::kLinf, 2, true, 227, DType::kFloat32},
-    {"bands", 3, 16, 40, 7, 2, 3, Activation::kRelu, Norm::kLinf, 2, true, 80, DType::kFloat32},
-    {"general", 2, 5, 6, 3, 1, 1, Activation::kGelu, Norm::kLinf, 2, true, 227, DType::kFloat64},
-    {"general affine", 2, 5, 6, 3, 1, 1, Activation::kIdentity, Norm::kLinf, 2, true, 227, DType::kFloat32},
-    {"general l2", 2, 5, 6, 3, 2, 1, Activation::kSilu, Norm::kL2, 2, true, 227, DType::kFloat32},
+    {"affine", 3, 16, 17, 3, 1, 1, Activation::kIdentity, Norm::kLinf, 2, true, 227, DType::kFloat32, false},
+    {"output", 3, 16, 13, 3, 1, 1, Activation::kRelu, Norm::kLinf, 1, false, 227, DType::kFloat32, true},
+    {"relu", 1, 16, 14, 3, 1, 0, Activation::kRelu, Norm::kLinf, 2, true, 227, DType::kFloat32, true},
+    {"bands", 3, 16, 40, 7, 2, 3, Activation::kRelu, Norm::kLinf, 2, true, 80, DType::kFloat32, true},
+    {"general", 2, 5, 6, 3, 1, 1, Activation::kGelu, Norm::kLinf, 2, true, 227, DType::kFloat64, true},
+    {"general affine", 2, 5, 6, 3, 1, 1, Activation::kIdentity, Norm::kLinf, 2, true, 227, DType::kFloat32, true},
+    {"general l2", 2, 5, 6, 3, 2, 1, Activation::kSilu, Norm::kL2, 2, true, 227, DType::kFloat32, true},
+    {"general affine l2", 2, 5, 6, 3, 1, 1, Activation::kIdentity, Norm::kL2, 3, true, 227, DType::kFloat32, false},
 };
 
 struct Problem {
@@ -72,7 +74,7 @@ struct Problem {
       p.x_strides[i] = p.eta_strides[i] = p.eta_out_strides[i] = in[i];
       p.costate_strides[i] = p.output_strides[i] = on[i];
     }
-    p.activation = c.activation, p.norm = c.norm, p.steps = c.steps, p.allow_tf32 = true;
+    p.activation = c.activation, p.norm = c.norm, p.steps = c.steps, p.allow_tf32 = true, p.mask_start = c.mask_start;
     p.step_size = {&constants[0], 1}, p.eps = {&constants[1], 1}, p.lo = {&constants[2], 1}, p.hi = {&constants[3], 1};
   }
 };

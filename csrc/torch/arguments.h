@@ -32,8 +32,8 @@ class Arguments {
             std::vector<double> mean, std::vector<double> std, const std::vector<int64_t>& stride,
             const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
             int64_t activation, double negative_slope, int64_t steps, std::vector<double> step_size,
-            std::vector<double> eps, std::vector<double> lo, std::vector<double> hi, int64_t norm, bool need_output,
-            bool need_weight_grad, bool allow_tf32)
+            std::vector<double> eps, std::vector<double> lo, std::vector<double> hi, int64_t norm, bool mask_start,
+            bool need_output, bool need_weight_grad, bool allow_tf32)
       : weight_(weight), inputs_{x, eta, costate, contiguous(weight)}, constants_{std::move(mean),      std::move(std),
                                                                                   std::move(step_size), std::move(eps),
                                                                                   std::move(lo),        std::move(hi)} {
@@ -84,6 +84,7 @@ class Arguments {
     p.negative_slope = negative_slope;
     p.steps = steps;
     p.norm = static_cast<Norm>(norm);
+    p.mask_start = mask_start;
     p.allow_tf32 = allow_tf32;
     // Results: eta' like x, output like the costate, gradients contiguous like the contiguous weight.
     eta_out_ = torch::stable::empty_like(x);
@@ -181,12 +182,12 @@ Result with_arguments(const Tensor& x, const Tensor& eta, const Tensor& costate,
                       std::vector<double> mean, std::vector<double> std, std::vector<int64_t> stride,
                       std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups, int64_t activation,
                       double negative_slope, int64_t steps, std::vector<double> step_size, std::vector<double> eps,
-                      std::vector<double> lo, std::vector<double> hi, int64_t norm, bool need_output,
+                      std::vector<double> lo, std::vector<double> hi, int64_t norm, bool mask_start, bool need_output,
                       bool need_weight_grad, bool allow_tf32) {
   const Arguments arguments(x, eta, costate, weight, bias, scale, shift, std::move(mean), std::move(std), stride,
                             padding, dilation, groups, activation, negative_slope, steps, std::move(step_size),
-                            std::move(eps), std::move(lo), std::move(hi), norm, need_output, need_weight_grad,
-                            allow_tf32);
+                            std::move(eps), std::move(lo), std::move(hi), norm, mask_start, need_output,
+                            need_weight_grad, allow_tf32);
   return Body(arguments, x, costate, weight);
 }
 

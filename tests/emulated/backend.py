@@ -76,7 +76,7 @@ def prepare(arguments: tuple, poisoned: bool = True) -> tuple[dict, tuple[torch.
     x, eta, costate, weight = a["x"], a["eta"], a["costate"], a["weight"].contiguous()
     results = _results(a, poisoned)
     d = {k: a[k] for k in ("groups", "stride", "padding", "dilation", "activation", "norm", "negative_slope", "steps")}
-    d |= {k: a[k] for k in ("allow_tf32", "mean", "std", "step_size", "eps", "lo", "hi")}
+    d |= {k: a[k] for k in ("mask_start", "allow_tf32", "mean", "std", "step_size", "eps", "lo", "hi")}
     d |= dict(zip(("batch", "channels", "height", "width"), x.shape, strict=True))
     d |= {"kernels": weight.shape[0], "rows": weight.shape[2], "cols": weight.shape[3]}
     d |= {"out_height": costate.shape[2], "out_width": costate.shape[3]}

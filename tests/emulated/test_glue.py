@@ -56,12 +56,13 @@ def test_variants(update, variant, activation):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("costate_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_patches(update, layout, costate_dtype, steps):
+@pytest.mark.parametrize(("steps", "mask_start"), [(0, False), (1, True), (3, False), (3, True)])
+def test_patches(update, layout, costate_dtype, steps, mask_start):
     """One row and no column of pixels lies in no patch."""
     arguments = make_arguments(
         **PATCHES,
         steps=steps,
+        mask_start=mask_start,
         costate_layout=layout,
         x_layout=layout,
         costate_dtype=costate_dtype,

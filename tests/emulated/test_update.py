@@ -44,8 +44,10 @@ def arguments_of(variant: str, *, tf32: bool = False, **changes) -> tuple:
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
-def test_against_the_oracle(variant, activation, layout):
-    check_update(update, arguments_of(variant, activation=activation, steps=2, costate_layout=layout, **AFFINE_PARTS))
+@pytest.mark.parametrize("mask_start", [False, True])
+def test_against_the_oracle(variant, activation, layout, mask_start):
+    changes = {"steps": 2, "costate_layout": layout, "mask_start": mask_start, **AFFINE_PARTS}
+    check_update(update, arguments_of(variant, activation=activation, **changes))
 
 
 @pytest.mark.parametrize("costate_dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -151,8 +153,10 @@ def test_only_what_was_asked_for(variant, wanted):
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
 @pytest.mark.parametrize("activation", ["identity", "relu"])
-def test_steps(variant, steps, activation):
-    check_update(update, arguments_of(variant, steps=steps, activation=activation, per_channel=True))
+@pytest.mark.parametrize("mask_start", [False, True])
+def test_steps(variant, steps, activation, mask_start):
+    options = {"steps": steps, "activation": activation, "mask_start": mask_start, "bounds": (0.1, 0.8)}
+    check_update(update, arguments_of(variant, per_channel=True, **options))
 
 
 def test_views_need_no_copy(variant):
@@ -217,10 +221,12 @@ def test_any_geometry_fused(case):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_general_kernel(norm, activation, dtype, schedule):
+@pytest.mark.parametrize("mask_start", [False, True])
+def test_general_kernel(norm, activation, dtype, mask_start, schedule):
     arguments = make_arguments(
-        norm=norm, activation=activation, dtype=dtype, steps=2, kernels=4, size=(5, 6), **AFFINE_PARTS
-    )
+        norm=norm, activation=activation, dtype=dtype, mask_start=mask_start, steps=3, kernels=4, size=(5, 6),
+        **AFFINE_PARTS,
+    )  # fmt: skip
     assert describe(arguments)["general"]
     check_update(update, arguments)
 

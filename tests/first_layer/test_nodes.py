@@ -36,7 +36,7 @@ def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
 
 def settings(before: bool = False, after: bool = True, dtype: torch.dtype = torch.float64, activation: str = "silu"):
     geometry = ([0.5], [0.25], [2, 1], [1, 2], [1, 1], 2, ACTIVATIONS[activation], 0.0)
-    return (*geometry, 2, 0, before, after, False, dtype)
+    return (*geometry, 2, 0, False, before, after, False, dtype)
 
 
 @pytest.mark.parametrize("wanted", ["all", "eta", "no bias"])

@@ -51,9 +51,11 @@ STEMS = {
 
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("mask_start", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
-def test_stems(update, stem, norm, layout):
-    check_update(update, make_arguments(**STEMS[stem], steps=3, norm=norm, x_layout=layout, costate_layout=layout))
+def test_stems(update, stem, norm, mask_start, layout):
+    options = {"steps": 3, "norm": norm, "mask_start": mask_start, "x_layout": layout, "costate_layout": layout}
+    check_update(update, make_arguments(**STEMS[stem], **options))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -77,22 +79,25 @@ def test_any_geometry(update, case):
     check_update(update, make_arguments(**case))
 
 
+@pytest.mark.parametrize("mask_start", [False, True])
 @pytest.mark.parametrize("steps", range(1, 11))
-def test_the_collapse_is_bitwise_the_iterated_definition(update, steps):
+def test_the_collapse_is_bitwise_the_iterated_definition(update, steps, mask_start):
     """Saturated pixels, images at the bounds and perturbations outside the interval included."""
     arguments = make_arguments(
-        steps=steps, saturated=0.6, step_size=0.013, eps=0.05, kernels=16, size=(16, 16), batch=4
+        steps=steps, saturated=0.6, step_size=0.013, eps=0.05, kernels=16, size=(16, 16), batch=4, mask_start=mask_start
     )
     arguments[0][0], arguments[0][1] = 0.0, 1.0
     a = as_dict(arguments)
     eta = a["eta"]
     lo, hi, eps, sigma = (torch.tensor(a[k]) for k in ("lo", "hi", "eps", "step_size"))
     one = {**a, "steps": 1, "need_output": False, "need_weight_grad": False, "step_size": [1.0], "eps": [2.0]}
+    one["mask_start"] = False
     # the gradient's sign, read off one long unbounded step of the same backend
     probe = update(*{**one, "eta": torch.zeros_like(eta), "lo": [-9.0], "hi": [9.0]}.values())[0]
     lower, upper = torch.clamp(lo - a["x"], max=0), torch.clamp(hi - a["x"], min=0)
     for i in range(steps):
-        g = torch.where((eta < lower) | (eta > upper), 0.0, torch.sign(probe)) if i == 0 else torch.sign(probe)
+        masked = ((eta < lower) | (eta > upper)) & (mask_start and i == 0)
+        g = torch.where(masked, 0.0, torch.sign(probe))
         eta = torch.minimum(torch.maximum(eta + sigma * g, torch.maximum(-eps, lower)), torch.minimum(eps, upper))
     assert torch.equal(update(*arguments)[0], eta)
 

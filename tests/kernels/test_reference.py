@@ -45,9 +45,10 @@ def definition(a: dict) -> torch.Tensor:
     x, eta = a["x"], a["eta"]
     lower, upper = torch.clamp(lo - x, max=0), torch.clamp(hi - x, min=0)
     for i in range(a["steps"]):
-        u = torch.minimum(torch.maximum(x + eta, lo), hi).requires_grad_()
+        u = torch.minimum(torch.maximum(x + eta, lo), hi) if a["mask_start"] else x + eta
+        u.requires_grad_()
         (g,) = torch.autograd.grad((a["costate"].to(x.dtype) * first_layer(a, u)).sum(), u)
-        if i == 0:
+        if i == 0 and a["mask_start"]:
             g = torch.where((eta < lower) | (eta > upper), 0.0, g)
         if a["norm"] == NORMS["linf"]:
             eta = torch.minimum(

@@ -44,11 +44,9 @@ def oracle(
         loss = divergence(attacked.rest(hidden * 1.0), clean)
         (p,) = torch.autograd.grad(loss, hidden)
         losses.append(loss.detach())
-        for i in range(n):
-            u = torch.clamp(x + eta, 0, 1).requires_grad_()
+        for _ in range(n):
+            u = (x + eta).requires_grad_()
             (g,) = torch.autograd.grad(still(u), u, p)
-            if i == 0:
-                g = torch.where((eta < lower) | (eta > upper), 0.0, g)
             eta = torch.clamp(torch.clamp(eta + SIGMA * g.sign(), -EPS, EPS), lower, upper)
     model.train()
     clean = model(x)

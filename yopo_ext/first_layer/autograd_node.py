@@ -66,6 +66,7 @@ class Opaque:
     steps: int
     threat: Tensor
     norm: int
+    mask_start: bool
     gradient_before: bool
     gradient_after: bool
     shape: torch.Size  # of the observed input
@@ -139,23 +140,25 @@ class Opaque:
         y = self(u)
         return torch.autograd.grad(y, wanted, p.to(y.dtype), allow_unused=True, retain_graph=True)
 
-    def step(self, x: Tensor, eta: Tensor, g: Tensor | None, steps: int) -> Tensor:
+    def step(self, x: Tensor, eta: Tensor, g: Tensor | None, steps: int, mask_start: bool) -> Tensor:
         """`steps` inner steps along the constant gradient g: for the operator, an identity layer with costate g."""
         g = torch.zeros_like(x) if g is None else g.to(x.dtype)
         ones = x.new_ones(x.shape[1], 1, 1, 1)
         geometry = ([1, 1], [0, 0], [1, 1], x.shape[1], ACTIVATIONS["identity"], 0.0)
         layer: tuple[Any, ...] = (ones, None, None, None, [], [], *geometry)
-        return update(self.threat, x, eta, g, *layer, steps, self.norm, False, False, False)[0]
+        return update(self.threat, x, eta, g, *layer, steps, self.norm, mask_start, False, False, False)[0]
 
     def iterate(self, x: Tensor, eta: Tensor, p: Tensor) -> Tensor:
         """The inner steps of a layer that is not affine."""
         _, _, lo, hi = threat_constants(self.threat)
         low, high = per_channel(lo, x), per_channel(hi, x)
         with replaced_forward({module: self._frozen(module) for module in self.statistics}):
-            for _ in range(self.steps):
-                u = torch.clamp(torch.clamp(x + eta, min=low), max=high).requires_grad_()
-                (g,) = self.at(u, p, [u])
-                eta = self.step(x, eta, g, 1)
+            for i in range(self.steps):
+                u = x + eta
+                if self.mask_start:
+                    u = torch.clamp(torch.clamp(u, min=low), max=high)
+                (g,) = self.at(u.requires_grad_(), p, [u])
+                eta = self.step(x, eta, g, 1, self.mask_start and i == 0)
         return eta
 
 
@@ -192,7 +195,7 @@ class OpaqueNode(torch.autograd.Function):
                     y, [u, *wanted] if before else [u], p, allow_unused=True, retain_graph=True
                 )
                 gradients += [tuple(rest)] if before else []
-                new_eta = layer.step(x, eta, g, layer.steps)
+                new_eta = layer.step(x, eta, g, layer.steps, layer.mask_start)
             else:
                 gradients += [layer.at(x + eta, p, wanted)] if before else []
                 new_eta = layer.iterate(x, eta, p)

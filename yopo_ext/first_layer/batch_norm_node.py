@@ -43,6 +43,7 @@ def _forward(
     negative_slope: float,
     steps: int,
     norm: int,
+    mask_start: bool,
     gradient_before: bool,
     gradient_after: bool,
     allow_tf32: bool,
@@ -103,7 +104,7 @@ def _weight_gradients_through_statistics(
 @in_full_precision
 def _backward(ctx: Any, p: Tensor, *_: Tensor) -> tuple[Any, ...]:
     eta, x, weight, bias, gamma, beta, threat, batch_mean, inverse_std = ctx.saved_tensors
-    *geometry, steps, norm, before, after, allow_tf32, _, batch_norm_eps = ctx.settings
+    *geometry, steps, norm, mask_start, before, after, allow_tf32, _, batch_norm_eps = ctx.settings
     mean, std, *conv_geometry, activation, negative_slope = geometry
     p = costate_for(p, x)
     parameters = (weight, bias, gamma, beta)
@@ -111,7 +112,7 @@ def _backward(ctx: Any, p: Tensor, *_: Tensor) -> tuple[Any, ...]:
     scale = inverse_std if gamma_ is None else gamma_ * inverse_std
     shift = -batch_mean * scale if beta_ is None else beta_ - batch_mean * scale
     new_eta = ctx.update(
-        threat, x, eta, p, weight_, bias_, scale, shift, *geometry, steps, norm, False, False, allow_tf32
+        threat, x, eta, p, weight_, bias_, scale, shift, *geometry, steps, norm, mask_start, False, False, allow_tf32
     )[0]
     total: list[Tensor | None] = [None] * 4
     if any(ctx.needs_input_grad[2:6]):

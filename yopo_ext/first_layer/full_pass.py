@@ -176,7 +176,7 @@ class Passes:
 
     def run(
         self, eta: Tensor, objective: Callable[[Any], Tensor], *, gradient_before: bool, gradient_after: bool,
-        scale: float = 1.0, synchronise: bool = True, more: bool = False,
+        mask_start: bool = False, scale: float = 1.0, synchronise: bool = True, more: bool = False,
     ) -> PassResult:  # fmt: skip
         """Forward at x + eta, `objective` of the output, backward of `scale` times it; gives the moved perturbation.
 
@@ -191,8 +191,8 @@ class Passes:
         circumstances = (self.base.training, bool(self.normalisation.mean))
         first = isinstance(self.interposition, Discovery) or circumstances not in self.interposition.verified
         now = Pass(
-            self.x, leaf, u, self.steps, self.threat, self.norm, gradient_before, gradient_after, self.normalisation,
-            self.allow_tf32, self.carry, first,
+            self.x, leaf, u, self.steps, self.threat, self.norm, mask_start, gradient_before, gradient_after,
+            self.normalisation, self.allow_tf32, self.carry, first,
         )  # fmt: skip
         with ExitStack() as stack:
             if not synchronise:

@@ -60,8 +60,9 @@ def threat_constants(threat: Tensor) -> list[list[float]]:
 
 def update(threat: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The operator, on the backend that suits its arguments, with the numbers of the threat model from `threat`."""
-    *layer, steps, norm, need_output, need_weight_grad, allow_tf32 = arguments
-    full = (x, *layer, steps, *threat_constants(threat), norm, need_output, need_weight_grad, allow_tf32)
+    *layer, steps, norm, mask_start, need_output, need_weight_grad, allow_tf32 = arguments
+    flags = (norm, mask_start, need_output, need_weight_grad, allow_tf32)
+    full = (x, *layer, steps, *threat_constants(threat), *flags)
     op = ops.first_layer_update if choose(*full).native else ops.first_layer_update_reference
     return op(*full)
 
@@ -124,6 +125,7 @@ def _forward(
     negative_slope: float,
     steps: int,
     norm: int,
+    mask_start: bool,
     gradient_before: bool,
     gradient_after: bool,
     allow_tf32: bool,
@@ -157,7 +159,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @in_full_precision
 def _backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:
     eta, x, weight, bias, scale, shift, threat = ctx.saved_tensors
-    *geometry, steps, norm, before, after, allow_tf32, _ = ctx.settings
+    *geometry, steps, norm, mask_start, before, after, allow_tf32, _ = ctx.settings
     p = costate_for(p, x)
     parameters = (weight, bias, scale, shift)
     # The operator works in x's dtype; the parameters of a half-precision model are widened for it.
@@ -165,13 +167,13 @@ def _backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:
     wanted = any(ctx.needs_input_grad[2:6])
     carried = ctx.carry is not None
     new_eta, output, *gradients = ctx.update(
-        threat, x, eta, p, *layer, steps, norm, carried, wanted and after, allow_tf32
+        threat, x, eta, p, *layer, steps, norm, mask_start, carried, wanted and after, allow_tf32
     )
     if carried:
         ctx.carry.output = output
     total: list[Tensor | None] = list(gradients) if wanted and after else [None] * 4
     if wanted and before:
-        total = add_up(total, ctx.update(threat, x, eta, p, *layer, 0, norm, False, True, allow_tf32)[2:])
+        total = add_up(total, ctx.update(threat, x, eta, p, *layer, 0, norm, False, False, True, allow_tf32)[2:])
     return new_eta, None, *map(as_parameter, parameters, total), None, *[None] * len(ctx.settings)
 
 

@@ -29,6 +29,7 @@ class Pass:
     steps: int
     threat: Tensor  # node.threat_tensor
     norm: int
+    mask_start: bool
     gradient_before: bool
     gradient_after: bool
     normalisation: Normalisation  # applied to the model's input by the caller
@@ -119,7 +120,7 @@ class Interposition:
                 )
             own = functools.partial(_call, self.original, args, kwargs) if args or kwargs else self.original
             layer = Opaque(
-                self.layer, own, self.plan.affine, self.mean, self.std, now.steps, now.threat, now.norm,
+                self.layer, own, self.plan.affine, self.mean, self.std, now.steps, now.threat, now.norm, now.mask_start,
                 now.gradient_before, now.gradient_after, observed.shape, observed.dtype,
             )  # fmt: skip
             return opaque_node(layer, now.eta, now.x)
@@ -156,7 +157,7 @@ class Interposition:
         )  # fmt: skip
         compiling = torch.compiler.is_compiling()
         flags = (now.gradient_before, now.gradient_after, now.allow_tf32, dtype)
-        settings = (*geometry, now.steps, now.norm, *flags)
+        settings = (*geometry, now.steps, now.norm, now.mask_start, *flags)
         scale = shift = None
         if norm is not None:
             if norm.training or norm.running_mean is None:

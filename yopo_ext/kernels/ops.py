@@ -16,7 +16,7 @@ ARGUMENTS = (
     "(Tensor x, Tensor eta, Tensor costate, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     "float[] mean, float[] std, int[] stride, int[] padding, int[] dilation, int groups, int activation, "
     "float negative_slope, int steps, float[] step_size, float[] eps, float[] lo, float[] hi, int norm, "
-    "bool need_output, bool need_weight_grad, bool allow_tf32)"
+    "bool mask_start, bool need_output, bool need_weight_grad, bool allow_tf32)"
 )
 SCHEMA = ARGUMENTS + " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 VARIANT_SCHEMA = ARGUMENTS + " -> str"

@@ -74,8 +74,9 @@ class Interval(NamedTuple):
 
 
 def admissible_interval(x: Tensor, eps: Tensor, lo: Tensor, hi: Tensor) -> Interval:
-    """The interval of section "the admissible interval"; eps, lo, hi broadcast against x [B, C, H, W].
+    """Per element, the perturbations allowed by the box [lo, hi] and, in L-inf, by the ball; see `csrc/core/projection.h`.
 
+    eps, lo, hi broadcast against x [B, C, H, W]. L2 passes an infinite eps: its ball is no interval.
     fmin/fmax: a NaN pixel gets the interval [0, 0], so that no NaN can widen the ball.
     """
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
@@ -182,23 +183,18 @@ def _laid_out_as(model: Tensor, value: Tensor, copy: bool = False) -> Tensor:
     return value if not copy and value.dtype == like.dtype and value.stride() == like.stride() else like.copy_(value)
 
 
-def _steps_linf(f0, x, eta, p, steps, step_size, interval: Interval, lo, hi) -> Tensor:
-    g = None
+def _inner_steps(f0, x, eta, p, steps, step_size, direction, project, interval: Interval, box) -> Tensor:
+    """`steps` times eta = project(eta + step_size * direction(g)); box: (lo, hi) with `mask_start`, else None."""
+    g = d = None
     for i in range(steps):
         if g is None or not f0.affine:  # the collapse: an affine f0 has one gradient for every eta
-            g = f0.input_gradient(torch.clamp(x + eta, lo, hi), p)
-        masked = torch.where((eta < interval.lower) | (eta > interval.upper), 0.0, g) if i == 0 else g
-        eta = project_linf(eta + step_size * _sign(masked), interval)
-    return eta
-
-
-def _steps_l2(f0, x, eta, p, steps, step_size, eps, interval: Interval, lo, hi) -> Tensor:
-    g = None
-    for i in range(steps):
-        if g is None or not f0.affine:
-            g = f0.input_gradient(torch.clamp(x + eta, lo, hi), p)
-        masked = torch.where((eta < interval.lower) | (eta > interval.upper), 0.0, g) if i == 0 else g
-        eta = project_l2(eta + step_size * l2_direction(masked), eps, interval)
+            g, d = f0.input_gradient(x + eta if box is None else torch.clamp(x + eta, *box), p), None
+        if box is not None and i == 0:
+            first = direction(torch.where((eta < interval.lower) | (eta > interval.upper), 0.0, g))
+            eta = project(eta + step_size * first)
+            continue
+        d = direction(g) if d is None else d
+        eta = project(eta + step_size * d)
     return eta
 
 
@@ -224,6 +220,7 @@ def first_layer_update(
     lo: list[float],
     hi: list[float],
     norm: int,
+    mask_start: bool,
     need_output: bool,
     need_weight_grad: bool,
     allow_tf32: bool,
@@ -244,13 +241,15 @@ def first_layer_update(
     )  # fmt: skip
     p = costate.to(x.dtype)
     lo_t, hi_t, eps_t, sigma = constant(lo), constant(hi), constant(eps), constant(step_size)
+    box = (lo_t, hi_t) if mask_start else None
     with torch.no_grad():
-        if norm == NORMS["linf"]:
-            interval = admissible_interval(x, eps_t, lo_t, hi_t)
-            new_eta = _steps_linf(f0, x, eta, p, steps, sigma, interval, lo_t, hi_t)
-        else:
-            interval = admissible_interval(x, torch.full_like(eps_t, math.inf), lo_t, hi_t)
-            new_eta = _steps_l2(f0, x, eta, p, steps, sigma, eps_t, interval, lo_t, hi_t)
+        linf = norm == NORMS["linf"]
+        interval = admissible_interval(x, eps_t if linf else torch.full_like(eps_t, math.inf), lo_t, hi_t)
+
+        def project(moved: Tensor) -> Tensor:
+            return project_linf(moved, interval) if linf else project_l2(moved, eps_t, interval)
+
+        new_eta = _inner_steps(f0, x, eta, p, steps, sigma, _sign if linf else l2_direction, project, interval, box)
         output = costate.new_empty(0)
         grad_weight, grad_bias, grad_scale, grad_shift = (x.new_empty(0) for _ in range(4))
         if need_output:
