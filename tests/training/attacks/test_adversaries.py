@@ -8,19 +8,11 @@ from yopo_ext.training.attacks.apgd import Apgd, apgd, dlr_targeted
 from yopo_ext.training.attacks.autoattack import AutoAttack
 from yopo_ext.training.attacks.pgd import PgdAttack
 from yopo_ext.training.attacks.registry import SUITES, parse_attack, parse_attacks
-from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.evaluation.evaluate import evaluate
 from yopo_ext.training.evaluation.masking_alarm import alarms
-from yopo_ext.training.loop.trainer import Trainer
 from yopo_ext.training.methods import ThreatModel
 
 THREAT = ThreatModel(0.15)
-
-
-@pytest.fixture(scope="module")
-def robust_model(digits):
-    config = TrainConfig(method="pgd-3", epochs=6, validate_every=6)
-    return Trainer(config, dataset=digits, shown=False).fit().network
 
 
 def test_apgd_is_at_least_as_strong_as_pgd(robust_model, digits):

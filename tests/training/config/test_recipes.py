@@ -45,19 +45,21 @@ def test_the_gpu_comparison_names_every_method(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_gpu_comparison_runs_at_toy_size(tmp_path, capsys):
+def test_the_gpu_comparison_runs_at_toy_size(tmp_path, capsys, counting_clock):
     """Every method of the recipe, in bf16 and channels_last, in commands that stop and go on."""
     toy = [
         "--dataset", "digits", "--model", "digits-cnn", "--eps", "0.15", "--epochs", "1", "--batch-size", "300",
         "--seeds", "0", "--test-samples", "20", "--validation-size", "20", "--validation-steps", "1", "--no-compile",
         "--test-attacks", "pgd-2,pgd-2-2", "--stop-after", "5", "--threads", "1", "--accelerator", "cpu",
     ]  # fmt: skip
+    # The clock is read once per batch: every training (5 batches) is left and gone on with.
     command = ["compare", "--config", str(FOLDER / "fastat-resnet18.yaml"), "--out", str(tmp_path / "out"), *toy]
     calls = 1
     while main(command) == UNFINISHED:
         calls += 1
         assert calls < 60
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert calls > len(found["rows"])
     assert [row["method"].split(":")[0] for row in found["rows"]] == [
         "natural", "fgsm-rs", "n-fgsm", "fgsm-rs-cs", "fgsm-pgi", "fgsm-mep", "liet", "pgd-10", "pgd-10", "free-8", "trades-10",
         "yopo-5-3", "yopo-2-1", "yopo-2-2", "trades-yopo-3-4",
