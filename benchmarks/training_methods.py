@@ -25,7 +25,7 @@ def random_images() -> Dataset:
     """Images of CIFAR-10's shape."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    split = Split(images, torch.randint(0, 10, (IMAGES,), generator=generator), 1.0 / 255.0)
+    split = Split(images, torch.randint(0, 10, (IMAGES,), generator=generator), 255)
     return Dataset("random", 10, split, split, split)
 
 

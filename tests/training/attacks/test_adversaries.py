@@ -8,6 +8,7 @@ from yopo_ext.training.attacks.apgd import Apgd, apgd, dlr_targeted
 from yopo_ext.training.attacks.autoattack import AutoAttack
 from yopo_ext.training.attacks.pgd import PgdAttack
 from yopo_ext.training.attacks.registry import SUITES, parse_attack, parse_attacks
+from yopo_ext.training.data.splits import Split
 from yopo_ext.training.evaluation.evaluate import evaluate
 from yopo_ext.training.evaluation.masking_alarm import alarms
 from yopo_ext.training.methods import ThreatModel
@@ -69,6 +70,19 @@ def test_autoattack_is_the_worst_case(robust_model, digits):
     few = digits.test.first(40)
     found = evaluate(robust_model, few, THREAT, [PgdAttack(20), AutoAttack()])
     assert found.robust["autoattack"] <= found.robust["pgd-20"]
+
+
+@pytest.mark.skipif(find_spec("pyautoattack") is None and find_spec("autoattack") is None, reason="no AutoAttack")
+@pytest.mark.parametrize("classes", [2, 3, 4, 7])
+def test_autoattack_of_few_classes(digits, classes):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes)).eval()
+    few = digits.test.first(6)
+    predicted = Split(few.images, model(few.x()).argmax(1), few.white)  # every clean image is classified correctly
+    tried = [PgdAttack(5), Apgd(targeted=True, steps=5), AutoAttack()]
+    found = evaluate(model, predicted, ThreatModel(0.02), tried)
+    assert found.clean == 100.0
+    assert found.robust["autoattack"] <= found.robust["pgd-5"]
 
 
 def test_without_the_package_the_message_says_what_to_install(robust_model, digits, monkeypatch):

@@ -127,7 +127,7 @@ def test_yaml_and_command_line_combine(tmp_path, capsys):
         (["compare", "--methods", "yopo,yopo-5-3"], "'yopo' and 'yopo-5-3' are the same"),
         (["train", "--method", "pgd", "--step-size", "-1"], "step_size must be > 0; got -1"),
         (["train", "--method", "n-fgsm", "--step-size", "0"], "step_size must be > 0; got 0"),
-        (["train", "--image-size", "64"], "image_size and workers are for dataset 'imagefolder'; dataset is 'digits'"),
+        (["train", "--image-size", "64"], "image_size is for dataset 'imagefolder'; dataset is 'digits'"),
         (["train", "--schedule", "piecewise"], "milestones must be given for schedule 'piecewise'"),
         (
             ["train", "--precision", "16-mixed", "--accelerator", "cpu"],

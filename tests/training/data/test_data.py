@@ -36,7 +36,14 @@ def test_stratified_split_partitions(labels, held_out):
 
 def ramp(count, height=3, width=4):
     images = torch.arange(count * height * width, dtype=torch.int64).view(count, 1, height, width) % 256
-    return Split(images.to(torch.uint8), torch.arange(count) % 10, 1 / 255)
+    return Split(images.to(torch.uint8), torch.arange(count) % 10, 255)
+
+
+def test_pixels_are_those_of_to_tensor():
+    """Divided, not multiplied by a rounded reciprocal: 126 of the 256 values would differ in the last bit."""
+    images = torch.arange(256).to(torch.uint8).view(-1, 1, 1, 1)
+    expected = torch.from_numpy(images.numpy().astype("float32") / 255)
+    assert torch.equal(Split(images, torch.zeros(256, dtype=torch.int64), 255).x(), expected)
 
 
 def test_an_epoch_shows_each_sample_once_and_can_start_anywhere():

@@ -34,7 +34,7 @@ def test_accuracies_of_a_model_that_can_be_worked_out_by_hand():
     pixels = torch.tensor([0, 100, 115, 120, 135, 140, 155, 255], dtype=torch.uint8)  # / 255; one half is 127.5
     labels = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
     found = evaluate(
-        Threshold(), Split(pixels.view(-1, 1, 1, 1), labels, 1 / 255), THREAT,
+        Threshold(), Split(pixels.view(-1, 1, 1, 1), labels, 255), THREAT,
         [PgdAttack(10), PgdAttack(5, 2, "margin")], batch_size=3,
     )  # fmt: skip
     # eps is 25.5 grey levels: 0, 100, 155 and 255 stay on their side; 120 is wrong from the start.
@@ -127,7 +127,7 @@ def test_passes():
 def test_an_attack_on_the_first_images_only():
     pixels = torch.tensor([255, 140, 0, 0, 140, 140, 255], dtype=torch.uint8)
     labels = torch.tensor([1, 1, 0, 0, 1, 1, 1])
-    split = Split(pixels.view(-1, 1, 1, 1), labels, 1 / 255)
+    split = Split(pixels.view(-1, 1, 1, 1), labels, 255)
     found = evaluate(Threshold(), split, THREAT, [PgdAttack(10), PgdAttack(10, samples=4)], batch_size=3)
     assert found.robust == {"pgd-10": pytest.approx(100 * 4 / 7), "pgd-10@4": pytest.approx(75.0)}
     assert found.worst == pytest.approx(75.0)  # of the four images that met both

@@ -19,7 +19,7 @@ from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.datasets import load_dataset
 from yopo_ext.training.loop import trainer as trainer_module
 from yopo_ext.training.loop.trainer import Trainer
-from yopo_ext.training.run import checkpoint, deadline
+from yopo_ext.training.run import checkpoint, deadline, files
 from yopo_ext.training.run.checkpoint import load_checkpoint
 from yopo_ext.training.run.deadline import Deadline
 
@@ -179,7 +179,7 @@ def victim(place, count, *arguments):
     elif place == "write":
         checkpoint.torch.save = half
     elif place == "rename":
-        checkpoint.os.replace = fatal(checkpoint.os.replace)
+        files.os.replace = fatal(files.os.replace)
     elif place == "validation":
         trainer_module.evaluate = fatal(trainer_module.evaluate)
     return main(list(arguments))

@@ -59,8 +59,18 @@ def pixel_model(model: nn.Module, threat: ThreatModel) -> nn.Module:
 
 @torch.no_grad()
 def is_correct(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
-    """Whether the model predicts y, [B] bool."""
-    return pixel_model(model, threat)(x).argmax(1) == y
+    """Whether the model predicts y, [B] bool. A prediction with NaN among its logits is wrong, whatever y is."""
+    return verdicts(model, x, y, threat)[0]
+
+
+@torch.no_grad()
+def verdicts(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[Tensor, Tensor]:
+    """(`is_correct`, whether all logits are finite), each [B] bool.
+
+    `argmax` takes NaN for the largest value: a network of NaN alone would be right about every image of class 0.
+    """
+    logits = pixel_model(model, threat)(x)
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1), logits.isfinite().all(1)
 
 
 class _Normalised(nn.Module):

@@ -84,8 +84,12 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"ema must be in (0, 1); got {config.ema}")
     if config.ema is not None and config.average:
         raise ValueError(f"average must be 0 with ema, which says how the weights are averaged; got {config.average}")
-    if config.dataset != "imagefolder" and (config.image_size, config.workers) != (None, None):
-        raise ValueError(f"image_size and workers are for dataset 'imagefolder'; dataset is {config.dataset!r}")
+    if config.image_channels not in (None, 1, 3):
+        raise ValueError(f"image_channels must be 1 or 3; got {config.image_channels}")
+    if config.dataset != "imagefolder":
+        for name in ("image_size", "image_channels", "workers"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"{name} is for dataset 'imagefolder'; dataset is {config.dataset!r}")
     if config.precision == "16-mixed" and device_for(config.accelerator).type == "cpu":
         raise ValueError("precision must be '32-true' or 'bf16-mixed' on a CPU; got '16-mixed'")
     if config.out is not None and (config.out == "" or Path(config.out).is_file()):
@@ -139,4 +143,5 @@ def dataset_of(config: TrainConfig) -> Dataset:
         validation=config.validation_size,
         image_size=config.image_size,
         workers=config.workers,
+        image_channels=config.image_channels,
     )

@@ -55,6 +55,9 @@ class TrainConfig:
     data_dir: str = option("data", "folder that holds or receives data sets")
     download: bool = option(False, "download the data set if it is not in the folder")
     image_size: int | None = option(None, "imagefolder: pixels that images are resized and cropped to (default: 224)")
+    image_channels: int | None = option(
+        None, "imagefolder: 1 for grey images, 3 for colour; files of the other kind are converted (default: 3)"
+    )
     workers: int | None = option(
         None, "imagefolder: leave the images in their files, and decode them in so many processes (default: in memory)"
     )

@@ -24,6 +24,7 @@ class Request:
     download: bool
     image_size: int | None
     workers: int | None
+    image_channels: int | None
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def load_dataset(
     validation: int | None = None,
     image_size: int | None = None,
     workers: int | None = None,
+    image_channels: int | None = None,
 ) -> Dataset:
     """The data set called `name`, its validation split (`validation` samples) held out of the training data.
 
@@ -56,14 +58,18 @@ def load_dataset(
         image_size: "imagefolder" only: images are resized and cropped to this many pixels (None: 224).
         workers: "imagefolder" only: images stay in their files, and so many processes decode them while a run goes on
             (0: the run's own). None: all are decoded once and held in memory.
+        image_channels: "imagefolder" only: 3, or 1 for grey values (None: 3).
 
     Raises:
         ValueError: unknown name, or not in the folder, `validation` out of range, or images that do not fit into memory.
+        OSError: an image file that cannot be read, by name.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {name!r}")
+    if image_channels not in (None, 1, 3):
+        raise ValueError(f"image_channels must be 1 or 3; got {image_channels}")
     entry = DATASETS[name]
-    rest, test = entry.load(Request(name, Path(folder), download, image_size, workers))
+    rest, test = entry.load(Request(name, Path(folder), download, image_size, workers, image_channels))
     classes = entry.classes or int(rest.labels.max()) + 1
     held_out = entry.validation if validation is None else validation
     if not classes <= held_out <= len(rest) - classes:
@@ -78,7 +84,7 @@ def _digits(request: Request) -> tuple[Split, Split]:
 
     images, labels = load_digits(return_X_y=True)
     pixels = torch.from_numpy(images).to(torch.uint8).view(-1, 1, 8, 8)
-    split = Split(pixels, torch.from_numpy(labels).to(torch.int64), 1 / 16)
+    split = Split(pixels, torch.from_numpy(labels).to(torch.int64), 16)
     rest, test = stratified_split(split.labels, 450)
     return split.subset(rest), split.subset(test)
 
@@ -96,7 +102,7 @@ def _torchvision(class_name: str, **arguments: Any) -> Callable[[Request], tuple
 
 def _svhn(request: Request) -> tuple[Split, Split]:
     parts = (_fetch(request, "SVHN", split=split) for split in ("train", "test"))
-    train, test = (Split(torch.from_numpy(p.data), torch.as_tensor(p.labels).long(), 1 / 255) for p in parts)
+    train, test = (Split(torch.from_numpy(p.data), torch.as_tensor(p.labels).long(), 255) for p in parts)
     return train, test
 
 
@@ -110,7 +116,9 @@ def _image_folder(request: Request) -> tuple[Split, Split]:
         if found is None:
             raise ValueError(f"data_dir must hold a folder {' or '.join(names)} of class folders; got {request.folder}")
         listed = vision.datasets.ImageFolder(str(found))
-        files = ImageFiles([path for path, _ in listed.samples], size, request.workers or 0)
+        files = ImageFiles(
+            [path for path, _ in listed.samples], size, request.workers or 0, request.image_channels or 3
+        )
         needed, available = 2 * files.shape.numel(), available_memory()  # two copies while validation is split off
         if request.workers is None and needed > available:
             raise ValueError(
@@ -118,7 +126,7 @@ def _image_folder(request: Request) -> tuple[Split, Split]:
                 f"{needed / 2**30:.1f} GiB at image_size {size}, and {available / 2**30:.1f} GiB are free"
             )
         images = files if request.workers is not None else files.whole()
-        splits.append(Split(images, torch.tensor(listed.targets), 1 / 255))
+        splits.append(Split(images, torch.tensor(listed.targets), 255))
         classes.append(listed.classes)  # a class's label is its place in this list
     if classes[0] != classes[1]:
         only = ", ".join(sorted(set(classes[0]) ^ set(classes[1])))
@@ -154,7 +162,7 @@ def _split(images: Any, labels: Any) -> Split:
     """From torchvision's [N, H, W] or [N, H, W, C] bytes."""
     pixels = torch.as_tensor(images)
     pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
-    return Split(pixels.contiguous(), torch.as_tensor(labels).long(), 1 / 255)
+    return Split(pixels.contiguous(), torch.as_tensor(labels).long(), 255)
 
 
 DATASETS: dict[str, Entry] = {

@@ -13,11 +13,11 @@ from yopo_ext.training.data.image_files import ImageFiles
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images kept as bytes, in memory or in their files; `x = images * scale` lies in [0, 1]."""
+    """Labelled images kept as bytes, in memory or in their files; `x = images / white` lies in [0, 1]."""
 
     images: Tensor | ImageFiles  # uint8 [N, C, H, W]
     labels: Tensor  # int64 [N]
-    scale: float
+    white: int  # the byte of pixel value 1.0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -25,7 +25,7 @@ class Split:
     def to(self, device: torch.device) -> Split:
         """Labels, and images that are in memory, on that device; files are decoded on the CPU and their pixels sent."""
         images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
-        return Split(images, self.labels.to(device), self.scale)
+        return Split(images, self.labels.to(device), self.white)
 
     def x(self, index: Tensor | slice = slice(None)) -> Tensor:
         """float32 pixels [B, C, H, W] in [0, 1]."""
@@ -40,12 +40,14 @@ class Split:
             device = self.labels.device
             ahead = self.images.batches(batches, pinned=device.type == "cuda")
             parts = (part.to(device, non_blocking=True) for part in ahead)
+        # On a GPU a tensor divided by a Python number is multiplied by its rounded reciprocal; one divided by a tensor is divided.
+        white = torch.tensor(float(self.white), device=self.labels.device)
         for part in parts:
-            yield part.to(torch.float32) * self.scale
+            yield part.to(torch.float32) / white
 
     def subset(self, index: Tensor) -> Split:
         images = self.images[index] if isinstance(self.images, Tensor) else self.images.subset(index)
-        return Split(images, self.labels[index], self.scale)
+        return Split(images, self.labels[index], self.white)
 
     def first(self, count: int | None) -> Split:
         """The first `count` samples; None: all."""

@@ -13,8 +13,8 @@ from yopo_ext.training.attacks.base import passes_on
 from yopo_ext.training.attacks.registry import SUITES, parse_attacks
 from yopo_ext.training.config.resolve import dataset_of, device_for, threat_model
 from yopo_ext.training.config.schema import EvaluateConfig, TrainConfig
-from yopo_ext.training.evaluation.evaluate import evaluate_in_parts, seconds_per_pass
-from yopo_ext.training.evaluation.masking_alarm import alarms
+from yopo_ext.training.evaluation.evaluate import evaluate_in_parts, lowest_class, seconds_per_pass
+from yopo_ext.training.evaluation.masking_alarm import alarms, not_finite_alarm
 from yopo_ext.training.models import build_model
 from yopo_ext.training.run.checkpoint import WRITTEN, load_checkpoint, tested_weights
 from yopo_ext.training.run.deadline import Deadline
@@ -58,7 +58,7 @@ class CheckpointTest:
         self.trained.data_dir = config.data_dir or self.trained.data_dir
         dataset = dataset_of(self.trained)
         split = dataset.test if config.split == "test" else dataset.validation
-        self.split = split.first(config.samples).to(self.device)
+        self.split, self.classes = split.first(config.samples).to(self.device), dataset.classes
         assert self.trained.model is not None
         self.model, _ = build_model(self.trained.model, dataset.shape, dataset.classes)
         if (list(dataset.shape), dataset.classes) != (state["shape"], state["classes"]):
@@ -98,6 +98,8 @@ class CheckpointTest:
         if found is None:
             return None
         seconds = time.perf_counter() - started
+        labels = self.split.labels.cpu()
+        by_class = found.by_class(labels, self.classes)
         report: dict[str, Any] = {
             "checkpoint": self.config.checkpoint,
             "method": self.trained.method,
@@ -110,8 +112,12 @@ class CheckpointTest:
             "seed": self.config.seed,
             "survivors_only": self.config.survivors_only,
             **found.as_dict(),
-            # The alarms compare what attacks leave on their own.
-            "alarms": [] if self.config.survivors_only else alarms(found.robust),
+            "alarms": not_finite_alarm(found.not_finite, found.samples)
+            # The alarms of masked gradients compare what attacks leave on their own.
+            + ([] if self.config.survivors_only else alarms(found.robust)),
+            "by_class": by_class,
+            "labels": labels.tolist(),
+            "outcomes": found.outcomes,
             "seconds": seconds,
             "environment": environment(self.device),
         }
@@ -120,6 +126,7 @@ class CheckpointTest:
         few = f"@{found.worst_samples}" if found.worst_samples < found.samples else ""
         accuracies = {"clean": found.clean, **found.robust, f"worst case{few}": found.worst}
         lines = [f"  {name:<12} {value:6.2f} %" for name, value in accuracies.items()]
+        lines.append(f"  lowest class: {lowest_class(by_class)}")
         return "\n".join([self._what(), *lines, *(f"  ALARM: {text}" for text in report["alarms"])])
 
     def _what(self) -> str:

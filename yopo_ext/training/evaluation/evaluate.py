@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.model_state import evaluating
-from yopo_ext.training.attacks.base import Attack, is_correct, passes_on
+from yopo_ext.training.attacks.base import Attack, passes_on, verdicts
 from yopo_ext.training.attacks.image_wise import FixedBatches, Starts
 from yopo_ext.training.attacks.pgd import PgdAttack
 from yopo_ext.training.data.splits import Split
@@ -55,9 +55,37 @@ class Evaluation:
     robust: dict[str, float]  # by attack; of an evaluation of survivors: under this attack and all before it
     worst: float  # correct under every attack tried and on the clean image
     worst_samples: int  # of the images that met all of them: the first so many
+    not_finite: int = 0  # images for which a logit was NaN or infinite, clean or attacked
+    # By attack and for the clean images ("clean"), one character per image that it was tried on: "1" correct, "0" wrong, and
+    # with logits that are not finite "i" and "n" for the same; "-" not tried, because an attack before it had succeeded.
+    outcomes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The accuracies, JSON-ready, without the outcomes of single images."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "outcomes"}
+
+    def by_class(self, labels: Tensor, classes: int) -> dict[str, list[float | None]]:
+        """Of every class, the accuracy in percent on its clean images ("clean") and under each attack.
+
+        None for a class of which there is no image. Images that were not tried count as wrong, as in `robust`.
+        """
+        found: dict[str, list[float | None]] = {}
+        for name, text in self.outcomes.items():
+            correct = torch.tensor([digit in "1i" for digit in text], dtype=torch.float64)
+            total = torch.bincount(labels[: len(text)], minlength=classes)
+            right = torch.bincount(labels[: len(text)], weights=correct, minlength=classes)
+            found[name] = [100.0 * r / t if t else None for r, t in zip(right.tolist(), total.tolist(), strict=True)]
+        return found
+
+
+def lowest_class(by_class: dict[str, list[float | None]]) -> str:
+    """The class with the lowest accuracy, clean and under each attack: "clean 3 (91.1 %), pgd-20 8 (60.0 %)"."""
+    parts = []
+    for name, accuracies in by_class.items():
+        known = {c: value for c, value in enumerate(accuracies) if value is not None}
+        lowest = min(known, key=lambda c: known[c])
+        parts.append(f"{name} {lowest} ({known[lowest]:.1f} %)")
+    return ", ".join(parts)
 
 
 def evaluate(
@@ -102,6 +130,8 @@ def evaluate_in_parts(
     notes = None if journal is None else Journal(journal, fingerprint(model, split, threat, seed, size))
     counts = {attack: len(split) if attack is None else attack.count(len(split)) for attack in (None, *attack_list)}
     accuracy: dict[str, float] = {}
+    outcomes: dict[str, str] = {}
+    odd: set[int] = set()  # images with logits that are not finite
     alive = torch.ones(len(split), dtype=torch.bool)  # classified correctly so far
     worked = False
     progress = Progress(title or "", sum(-(-count // size) for count in counts.values()), shown=title is not None)
@@ -114,7 +144,9 @@ def evaluate_in_parts(
             known = {} if notes is None else notes.known.get(label, {})
             target = model if whole else FixedBatches(model, size)
             tried = range(count) if whole or not survivors_only else alive[:count].nonzero().squeeze(1).tolist()
-            correct = torch.tensor([known.get(image, False) for image in range(count)])
+            correct = torch.tensor([known.get(image, False) for image in range(count)], dtype=torch.bool)
+            finite = torch.ones(count, dtype=torch.bool)
+            finite[[image for image in (notes.not_finite.get(label, ()) if notes else ()) if image < count]] = False
             correct &= torch.zeros(count, dtype=torch.bool).index_fill(0, torch.tensor(tried, dtype=torch.int64), True)
             parts = torch.tensor([image for image in tried if image not in known], dtype=torch.int64).split(size)
             parts = tuple(part for part in parts if len(part))
@@ -127,17 +159,27 @@ def evaluate_in_parts(
                     ball = AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
                     starts = Starts(ball, part.to(device), mix_seed(seed, zlib.crc32(kind.encode())))
                     x = x + attack(target, x, y, threat, starts)
-                correct[part] = is_correct(target, x, y, threat).cpu()
+                right, known_logits = verdicts(target, x, y, threat)
+                correct[part], finite[part] = right.cpu(), known_logits.cpu()
                 if notes is not None:
-                    notes.put(label, part, correct[part])
+                    notes.put(label, part, correct[part], finite[part])
                 worked = True
                 progress.advance()
+            outcomes[name] = _digits(correct, finite, tried)
+            odd.update((~finite).nonzero().squeeze(1).tolist())
             alive[:count] &= correct
             accuracy[name] = 100.0 * (alive[:count] if survivors_only else correct).double().mean().item()
             progress.say(f"{name} {accuracy[name]:.2f} %")
     shared = min(counts.values())
     worst = 100.0 * alive[:shared].double().mean().item()
-    return Evaluation(len(split), accuracy.pop("clean"), accuracy, worst, shared)
+    return Evaluation(len(split), accuracy.pop("clean"), accuracy, worst, shared, len(odd), outcomes)
+
+
+def _digits(correct: Tensor, finite: Tensor, tried: Iterable[int]) -> str:
+    digits = ["-"] * len(correct)
+    for image in tried:
+        digits[image] = ("n0", "i1")[bool(correct[image])][bool(finite[image])]
+    return "".join(digits)
 
 
 def seconds_per_pass(model: nn.Module, split: Split, threat: ThreatModel) -> float:

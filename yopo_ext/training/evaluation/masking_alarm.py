@@ -14,6 +14,15 @@ def alarms(robust: dict[str, float]) -> list[str]:
     return found
 
 
+def not_finite_alarm(images: int, samples: int) -> list[str]:
+    """The alarm of a network whose logits are NaN or infinite for so many images of the samples."""
+    if images == 0:
+        return []
+    return [
+        f"outputs are not finite for {images} of {samples} images: NaN counts as wrong, and attacks that use gradients are blind"
+    ]
+
+
 def _alarms(robust: dict[str, float]) -> list[str]:
     found = []
     white_box = {name: value for name, value in robust.items() if name not in ("square", "autoattack")}
