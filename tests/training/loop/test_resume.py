@@ -35,6 +35,7 @@ def final_state(folder):
     state = load_checkpoint(folder / "last.pt")
     state["position"].pop("seconds")
     state["position"].pop("compile_seconds")
+    state["position"].pop("origin_seconds")
     state["position"].pop("curve")
     return {
         name: state[name] for name in ("model", "optimizer", "average", "kept", "processes", "selected", "position")
@@ -138,6 +139,62 @@ def test_what_cannot_be_resumed(few_digits, tmp_path, change, message):
     run(few_digits, tmp_path, "run", method="pgd-2")
     with pytest.raises(ValueError, match=message):
         run(few_digits, tmp_path, "run", **{"method": "pgd-2", **change})
+
+
+def test_training_on_with_more_epochs(few_digits, tmp_path, capsys):
+    """A finished run goes on from its last weights, with a schedule of its own over the epochs that are new."""
+    run(few_digits, tmp_path, "run", method="natural", epochs=4)
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    rates = []
+    config = TrainConfig(**{**CONFIG, "epochs": 6, "method": "natural", "out": str(tmp_path / "run"), "resume": "auto"})
+    trainer = Trainer(config, dataset=few_digits, shown=True)
+    assert_same(trainer.learner.module.state_dict(), last["model"])
+    assert "a new schedule over epochs 5 to 6 starts from the weights of epoch 4" in capsys.readouterr().err
+    step = trainer.learner.step
+    trainer.learner.step = lambda batch, number, lr: rates.append((batch.epoch, lr)) or step(batch, number, lr)
+    assert trainer.fit().updates == 6 * 4
+    assert [epoch for epoch, _ in rates] == [4] * 4 + [5] * 4
+    fresh = [0.1 * trainer.schedule((number + 0.5) / 8) for number in range(8)]
+    assert [rate for _, rate in rates] == pytest.approx(fresh)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
+    again = run(few_digits, tmp_path, "run", method="natural", epochs=6, resume="auto")  # as any finished run
+    assert again.updates == 6 * 4
+
+
+def test_training_on_can_be_interrupted(few_digits, tmp_path):
+    def all_of_it(name, stop):
+        run(few_digits, tmp_path, name, method="natural", epochs=2)
+        more = {**CONFIG, "method": "natural", "epochs": 5, "out": str(tmp_path / name), "resume": "auto"}
+        while (
+            Trainer(TrainConfig(**more), dataset=few_digits, shown=False).fit(Deadline(0.0) if stop else None) is None
+        ):
+            pass
+        return final_state(tmp_path / name)
+
+    assert_same(all_of_it("parts", True), all_of_it("whole", False))
+
+
+def test_training_on_needs_more_than_there_is(few_digits, tmp_path):
+    run(few_digits, tmp_path, "run", method="natural", epochs=4)
+    with pytest.raises(ValueError, match=r"epochs must be more than the 4 that .*run has been trained for.*; got 3"):
+        run(few_digits, tmp_path, "run", method="natural", epochs=3, resume="auto")
+    with pytest.raises(ValueError, match=r"lr was 0.1, not 0.2"):
+        run(few_digits, tmp_path, "run", method="natural", epochs=5, lr=0.2, resume="auto")
+
+
+def test_options_that_a_run_was_made_before_have_their_defaults(few_digits, tmp_path):
+    run(few_digits, tmp_path, "run", method="natural")
+    path = tmp_path / "run" / "last.pt"
+    state = load_checkpoint(path)
+    for name in ("eps_warmup", "image_channels"):
+        del state["config"][name]
+    for name in ("diverged", "fallen", "origin"):
+        del state["position"][name]
+    checkpoint.save_checkpoint(path, state)
+    assert run(few_digits, tmp_path, "run", method="natural", resume="auto").updates == 16
+    with pytest.raises(ValueError, match=r"eps_warmup was 0.0, not 0.5"):
+        run(few_digits, tmp_path, "run", method="natural", resume="auto", eps_warmup=0.5)
 
 
 def command(*arguments):

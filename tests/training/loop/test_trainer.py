@@ -115,6 +115,34 @@ def test_time_budget_ends_the_run(few_digits, monkeypatch):
     assert result.updates > 5
 
 
+def test_a_time_budget_leaves_no_number_of_epochs():
+    config, _ = resolve(TrainConfig(time_budget=9.0))
+    assert config.epochs is None
+    assert resolve(config)[0] == config
+
+
+@pytest.mark.parametrize("method", ["pgd-2", "yopo-2-2:persist", "trades-2", "fgsm-pgi", "trades-yopo-2-2", "free-2"])
+def test_eps_rises_over_its_warm_up(few_digits, method):
+    """No perturbation leaves the ball of its batch, and what is validated is validated at the full eps."""
+    config = TrainConfig(method=method, epochs=4, eps_warmup=0.5, batch_size=40, validation_steps=1)
+    trainer = Trainer(config, dataset=few_digits, shown=False)
+    step, seen = trainer.learner.step, []
+
+    def watched(batch, number, lr):
+        found = step(batch, number, lr)
+        seen.append(trainer.learner.threat.eps)
+        for name, kept in trainer.learner.kept.items():
+            if name == "perturbation":
+                assert kept.values.abs().max() <= seen[-1] * (1 + 1e-6)
+        return found
+
+    trainer.learner.step = watched
+    trainer.fit()
+    expected = [0.15 * min(1.0, (number + 0.5) / 8) for number in range(16)]
+    assert seen == pytest.approx(expected)
+    assert trainer.threat.eps == 0.15
+
+
 def test_label_smoothing_changes_the_loss(few_digits):
     trainer = Trainer(TrainConfig(label_smoothing=0.1), dataset=few_digits, shown=False)
     logits, y = torch.randn(4, 10), torch.arange(4)
@@ -151,6 +179,8 @@ def test_defaults_come_from_the_data_set_and_the_method():
         ({"schedule": "linear"}, "schedule must be one of"),
         ({"milestones": (2.0,)}, "milestones must be"),
         ({"time_budget": 0.0}, "time_budget must be > 0"),
+        ({"time_budget": 9.0, "epochs": 3}, "epochs must not be given with time_budget, which ends the run; got 3"),
+        ({"eps_warmup": 1.5}, r"eps_warmup must be in \[0, 1\]; got 1.5"),
         ({"seed": -1}, "seed must be an integer >= 0"),
         ({"method": "n-fgsm", "norm": "l2"}, "norm must be 'linf' for method 'n-fgsm'"),
         ({"model": "smallcnn"}, r"model must take images of shape \[1, 8, 8\]; 'smallcnn' says"),

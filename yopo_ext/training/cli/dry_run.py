@@ -56,11 +56,10 @@ def estimate(
         if cuda:
             torch.cuda.synchronize(trainer.device)
         elapsed += time.perf_counter() - started if number >= 0 else 0.0
-    assert trainer.config.epochs is not None
     epoch = elapsed / probed * trainer.source.batches
-    training = trainer.config.time_budget or epoch * trainer.config.epochs
+    training = trainer.config.time_budget or epoch * (trainer.config.epochs or 0)
 
-    per_pass = seconds_per_pass(trainer.learner.result, trainer.dataset.validation, trainer.learner.threat)
+    per_pass = seconds_per_pass(trainer.learner.result, trainer.dataset.validation, trainer.threat)
     validations = training / epoch / (trainer.config.validate_every or 1)
     evaluation = per_pass * (
         validations * passes_on([PgdAttack(trainer.config.validation_steps)], len(trainer.dataset.validation))

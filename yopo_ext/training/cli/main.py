@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return job()
-    except OSError as error:  # a full disk, a folder that cannot be written
+    except (OSError, FloatingPointError) as error:  # a full disk, a damaged image, weights that are not finite
         print(f"yopo-ext {command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

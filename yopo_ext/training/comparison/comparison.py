@@ -16,7 +16,8 @@ from yopo_ext.training.config.resolve import dataset_of, device_for, require_sam
 from yopo_ext.training.config.schema import CompareConfig, TrainConfig
 from yopo_ext.training.data.batches import SplitSource
 from yopo_ext.training.data.splits import Dataset
-from yopo_ext.training.evaluation.evaluate import evaluate_in_parts
+from yopo_ext.training.evaluation.evaluate import Evaluation, evaluate_in_parts
+from yopo_ext.training.loop.position import DivergedError
 from yopo_ext.training.loop.trainer import Trainer
 from yopo_ext.training.numbers import parse_number
 from yopo_ext.training.run.checkpoint import require_empty
@@ -88,7 +89,9 @@ def with_own_options(train: TrainConfig, text: str) -> TrainConfig:
         else:
             method += f":{setting}"
     if "epochs" in own:
-        own.setdefault("time_budget", None)  # that of all methods would win over its epochs
+        own.setdefault("time_budget", None)  # a global time budget must not override epochs set for this method
+    elif "time_budget" in own:
+        own["epochs"] = None
     return dataclasses.replace(train, method=method, **own)
 
 
@@ -170,14 +173,22 @@ def run_and_test(
     Each attack is tried on the images that those before it have left, so the last accuracy is the worst case of all.
     """
     trainer = Trainer(run, dataset=dataset, shown=shown)
-    result = trainer.fit(deadline)
+    attacks = parse_attacks(config.test_attacks)
+    images = trainer.dataset.test.first(config.test_samples)
+    try:
+        result = trainer.fit(deadline)
+    except DivergedError as error:  # NaN is right about no image; the other methods are still to be compared
+        if shown:
+            print(f"{text} seed {run.seed}: ALARM: {error}", file=sys.stderr, flush=True)
+        least = min(attack.count(len(images)) for attack in attacks)
+        lost = Evaluation(len(images), 0.0, {a.name: 0.0 for a in attacks}, 0.0, least, not_finite=len(images))
+        return _record(text, run, config, lost, trainer) | {"alarm": str(error)}
     if result is None:
         return None
-    attacks = parse_attacks(config.test_attacks)
     found = evaluate_in_parts(
         result.network,
-        result.dataset.test.first(config.test_samples),
-        trainer.learner.threat,
+        images,
+        trainer.threat,
         attacks,
         seed=run.seed,
         survivors_only=True,
@@ -187,19 +198,26 @@ def run_and_test(
     )
     if found is None:
         return None
+    return _record(text, run, config, found, trainer)
+
+
+def _record(text: str, run: TrainConfig, config: CompareConfig, found: Evaluation, trainer: Trainer) -> dict[str, Any]:
+    at = trainer.at
+    images = at.batches * trainer.source.batch_size * trainer.fabric.world_size
     return {
         "method": text,
         "seed": run.seed,
         "test": config.test(),
         **found.as_dict(),
-        "seconds": result.seconds,
-        "updates": result.updates,
-        "images_per_second": result.images / result.seconds,
-        "compile_seconds": result.compile_seconds,
-        "peak_memory_mib": result.peak_memory,
-        "cost": result.method.cost().as_dict(),
-        "selected": result.validation,
-        "curve": trainer.at.curve,
+        "seconds": at.seconds,
+        "updates": trainer.learner.updates,
+        "images_per_second": images / at.seconds,
+        "compile_seconds": at.compile_seconds,
+        "peak_memory_mib": at.peak_memory,
+        "cost": trainer.method.cost().as_dict(),
+        "selected": dict(at.selected or {}),
+        "curve": at.curve,
+        "diverged": at.diverged,
     }
 
 

@@ -42,6 +42,10 @@ def resolve(config: TrainConfig, method_options: dict[str, Any] | None = None) -
         "average": preset.average if config.ema is None else 0.0,
         "label_smoothing": preset.label_smoothing,
     }
+    if config.time_budget is not None:
+        if config.epochs is not None:
+            raise ValueError(f"epochs must not be given with time_budget, which ends the run; got {config.epochs}")
+        del defaults["epochs"]
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, method=method.spec, **missing)
     check(config)
@@ -58,7 +62,8 @@ def check(config: TrainConfig) -> None:
     device_for(config.accelerator)
     check_model_name(config.model)
     for name, low in (("epochs", 1), ("batch_size", 1), ("validate_every", 1), ("validation_steps", 1), ("devices", 1)):
-        validation.integer(name, getattr(config, name), low)
+        if name != "epochs" or config.time_budget is None:
+            validation.integer(name, getattr(config, name), low)
     validation.integer("seed", config.seed, 0)
     for name in ("validation_size", "threads", "image_size"):
         if getattr(config, name) is not None:
@@ -76,6 +81,8 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if not lowest <= value < limit:
             raise ValueError(f"{name} must be in [{lowest:g}, {limit:g}); got {value}")
+    if not 0.0 <= config.eps_warmup <= 1.0:
+        raise ValueError(f"eps_warmup must be in [0, 1]; got {config.eps_warmup}")
     for name in ("time_budget", "stop_after", "clip", "save_every"):
         value = getattr(config, name)
         if value is not None and not value > 0.0:
@@ -116,11 +123,23 @@ CHANGEABLE = ("out", "data_dir", "download", "workers", "resume", "save_every", 
 
 def require_same(saved: dict[str, Any], config: TrainConfig) -> None:
     """Raise ValueError unless the configuration saved in the folder `config.out` leads to the same result as `config`."""
-    then, now = (json.loads(json.dumps(facts)) for facts in (saved, dataclasses.asdict(config)))  # lists for tuples
-    changed = [name for name in now if name not in CHANGEABLE and then.get(name) != now[name]]
+    changed = changed_options(saved, config)
     if changed:
-        how = ", ".join(f"{name} was {then.get(name)!r}, not {now[name]!r}" for name in changed)
+        how = ", ".join(f"{name} was {then!r}, not {now!r}" for name, (then, now) in changed.items())
         raise ValueError(f"out must hold a run with the same configuration; in {config.out} {how}")
+
+
+def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """What the saved configuration and this one say of every option that a run keeps and in which they differ.
+
+    An option that the saved configuration does not know has its default there.
+    """
+    defaults = dataclasses.asdict(TrainConfig())
+    facts = ({**defaults, **saved}, dataclasses.asdict(config))
+    then, now = (json.loads(json.dumps(fact)) for fact in facts)  # lists for tuples
+    if now["time_budget"] is not None:
+        now["epochs"] = then["epochs"]  # runs with a time budget used to keep a number of epochs that ended nothing
+    return {name: (then[name], now[name]) for name in now if name not in CHANGEABLE and then[name] != now[name]}
 
 
 def threat_model(config: TrainConfig) -> ThreatModel:

@@ -84,6 +84,9 @@ class TrainConfig:
     )
     milestones: tuple[float, ...] = option((), "piecewise schedule: fractions of the run, comma separated")
     warmup: float = option(0.0, "fraction of the run over which the learning rate also rises from 0")
+    eps_warmup: float = option(
+        0.0, "fraction of the run over which eps rises from 0, and with it every step size that is not given"
+    )
     clip: float | None = option(None, "largest gradient norm")
     average: float | None = option(
         None, "fraction of the updates so far that the averaged weights, which are then the result, span; 0: no average"

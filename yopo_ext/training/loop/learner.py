@@ -17,7 +17,8 @@ from yopo_ext.training.config.resolve import threat_model
 from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.batches import Batch, PerSample
 from yopo_ext.training.data.splits import Dataset
-from yopo_ext.training.methods import Method, Outcome, Start
+from yopo_ext.training.loop.position import DivergedError
+from yopo_ext.training.methods import Method, Outcome, Start, ThreatModel
 from yopo_ext.training.models import build_model
 from yopo_ext.training.run.seeds import mix_seed
 
@@ -57,7 +58,9 @@ class FabricLearner:
             # Buffers too: BatchNorm's statistics must be those of the averaged weights, not of the last ones.
             self.average = AveragedModel(self.module, multi_avg_fn=self._follow, use_buffers=True)
         self.generator = torch.Generator(self.device)
-        self.kept = {name: PerSample(self._start(start, 0), method.frame) for name, start in method.keeps.items()}
+        # The ball grows in the eps warm-up; what is kept of the samples starts inside the first one, which is a point.
+        first = dataclasses.replace(self.threat, eps=0.0) if config.eps_warmup else self.threat
+        self.kept = {n: PerSample(self._start(start, 0, first), method.frame) for n, start in method.keeps.items()}
         self.carried: dict[str, Tensor] = {}
         self.processes: list[Any] = []  # what each process has for itself, as of the last `collect`
         self.updates = 0
@@ -85,9 +88,14 @@ class FabricLearner:
         if self.config.clip is not None:
             # fp16's scaler meets overflows as a matter of course, and skips their updates.
             scaled = self.config.precision == "16-mixed"
-            self.fabric.clip_gradients(
-                self.module, self.optimizer, max_norm=self.config.clip, error_if_nonfinite=not scaled
-            )
+            try:
+                self.fabric.clip_gradients(
+                    self.module, self.optimizer, max_norm=self.config.clip, error_if_nonfinite=not scaled
+                )
+            except RuntimeError as error:
+                if "non-finite" not in str(error):
+                    raise
+                raise DivergedError("gradients are not finite") from error
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1
@@ -126,7 +134,7 @@ class FabricLearner:
             group["lr"] = lr
         if batch.number == 0 and self.method.restarts(batch.epoch):
             for name, start in self.method.keeps.items():
-                self.kept[name].values.copy_(self._start(start, batch.epoch))
+                self.kept[name].values.copy_(self._start(start, batch.epoch, self.threat))
         self.inputs.clear()
         if self.config.channels_last:
             batch = dataclasses.replace(batch, x=batch.x.contiguous(memory_format=self.memory_format))
@@ -201,9 +209,15 @@ class FabricLearner:
         self.carried = {name: value.to(self.device) for name, value in own["carried"].items()}
         self.updates = state["updates"]
 
-    def _start(self, start: Start, epoch: int) -> Tensor:
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether all weights and statistics are, those of the averaged model too."""
+        state = {**self.module.state_dict(), **{f"average.{n}": v for n, v in self.result.state_dict().items()}}
+        return all(bool(value.isfinite().all()) for value in state.values() if value.is_floating_point())
+
+    def _start(self, start: Start, epoch: int, threat: ThreatModel) -> Tensor:
         """The first values of what is kept of every sample, [N, C, H, W], when it starts with this epoch."""
-        train, threat = self.dataset.train, self.threat
+        train = self.dataset.train
         if start == "zero":
             return torch.zeros(train.images.shape, device=self.device)
         seed = mix_seed(self.config.seed, 2, *([epoch] if epoch else []))

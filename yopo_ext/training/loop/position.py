@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 
 
+class DivergedError(FloatingPointError):
+    """Training has led to weights that are not finite, and there are no others to return."""
+
+
 @dataclass
 class Position:
     """How far a run has come: what a checkpoint holds beside the learner's state."""
@@ -22,6 +26,11 @@ class Position:
     totals: list[float] = dataclasses.field(default_factory=lambda: [0.0] * 4)  # loss, correct, samples, alignment
     selected: dict[str, float] | None = None  # validation of the weights that are the result so far
     highest: dict[str, float] = dataclasses.field(default_factory=dict)  # validation accuracies, by name
+    fallen: int = 0  # validations in a row, up to the last one, that `has_fallen` says of
+    diverged: int | None = None  # the epoch that ended with weights that are not finite; it is the last one
+    # Where the schedule began: not at 0 in a run that was given more epochs, or more seconds, after it had ended.
+    origin: int = 0  # in batches
+    origin_seconds: float = 0.0
     curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (seconds, validation PGD accuracy)
 
 

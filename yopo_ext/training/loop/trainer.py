@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.training.attacks.pgd import PgdAttack
-from yopo_ext.training.config.resolve import dataset_of, require_same, resolve
+from yopo_ext.training.config.resolve import changed_options, dataset_of, require_same, resolve, threat_model
 from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.augment import Augmentation
 from yopo_ext.training.data.batches import SplitSource
 from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.evaluation.evaluate import evaluate
-from yopo_ext.training.loop.collapse_alarm import training_alarm
+from yopo_ext.training.loop.collapse_alarm import has_fallen, training_alarm
 from yopo_ext.training.loop.learner import FabricLearner
-from yopo_ext.training.loop.position import Clock, Position
-from yopo_ext.training.methods import Method
+from yopo_ext.training.loop.position import Clock, DivergedError, Position
+from yopo_ext.training.methods import Method, ThreatModel
 from yopo_ext.training.optim.schedules import make_schedule
 from yopo_ext.training.run.checkpoint import load_checkpoint, require_empty, save_checkpoint
 from yopo_ext.training.run.deadline import Deadline
@@ -45,6 +46,7 @@ class TrainResult:
     images: int  # trained on, by all processes
     peak_memory: float | None  # MiB on the GPU, in training and validation; None on a CPU
     validation: dict[str, float]  # of the selected checkpoint
+    diverged: int | None  # the epoch that ended the run because its weights were not finite
 
 
 class Trainer:
@@ -62,12 +64,14 @@ class Trainer:
 
         self.config, self.method = resolve(config)
         self.folder = Path(self.config.out) if self.config.out is not None else None
+        self.at = Position()
         saved = self._find_run()
         threads = self.config.threads if saved is None else saved["threads"]  # another number rounds differently
         if threads is not None:
             torch.set_num_threads(threads)
         self.fabric = make_fabric(self.config)
         self.device = self.fabric.device
+        self.threat = threat_model(self.config)
         self.dataset = (dataset or dataset_of(self.config)).to(self.device)
         self.learner = FabricLearner(self.config, self.method, self.dataset, self.fabric)
         assert self.config.batch_size is not None
@@ -80,7 +84,6 @@ class Trainer:
             world=self.fabric.world_size,
         )
         self.schedule = make_schedule(self.config.schedule, self.config.milestones, self.config.warmup)
-        self.at = Position()
         self.selected: dict[str, Tensor] | None = None
         # Processes must agree on whatever depends on time, and asking costs them a wait.
         self.agree_every = 1 if self.fabric.world_size == 1 else 16
@@ -90,6 +93,7 @@ class Trainer:
             self.learner.load_state_dict(saved)
             self.selected = saved["selected"]
             self.at = Position(**saved["position"])
+            self._train_on(saved["config"])
 
     def fit(self, deadline: Deadline | None = None) -> TrainResult | None:
         """Train to the end and select the result on the validation split.
@@ -104,7 +108,7 @@ class Trainer:
         total = None if self.config.time_budget else (self.config.epochs or 0) * self.source.batches
         progress = Progress(f"{self.config.method} seed {self.config.seed}", total, self.at.batches, shown=self.shown)
         try:
-            while self.progress() < 1.0:
+            while self.progress() < 1.0 and self.at.diverged is None:
                 if not self._train_epoch(progress, deadline):
                     progress.say(f"stopped after {self.at.seconds:.0f} s of training; --resume auto goes on from here")
                     return None
@@ -114,7 +118,7 @@ class Trainer:
                 if log is not None:
                     log.append(record)
                 self._save()
-                progress.epoch(record, last=self.progress() >= 1.0)
+                progress.epoch(record, last=self._is_over())
         finally:
             progress.close()
             if log is not None:
@@ -122,17 +126,30 @@ class Trainer:
         return self._finish()
 
     def progress(self, ahead: float = 0.0) -> float:
-        """How much of the run is done, 0..1, `ahead` batches from here."""
+        """How much of the schedule is done, 0..1, `ahead` batches from here."""
         if self.config.time_budget is not None:
-            return min(1.0, self.at.seconds / self.config.time_budget)
+            begun = self.at.origin_seconds
+            return min(1.0, (self.at.seconds - begun) / (self.config.time_budget - begun))
+        return self._share(self.at.batches + ahead)
+
+    def _share(self, batches: float) -> float:
         assert self.config.epochs is not None
-        return (self.at.batches + ahead) / (self.config.epochs * self.source.batches)
+        return (batches - self.at.origin) / (self.config.epochs * self.source.batches - self.at.origin)
 
     def _progress_after_epoch(self) -> float:
         if self.config.time_budget is not None:
             return self.progress()
-        assert self.config.epochs is not None
-        return (self.at.epoch + 1) / self.config.epochs
+        return self._share((self.at.epoch + 1) * self.source.batches)
+
+    def _is_over(self) -> bool:
+        return self.progress() >= 1.0 or self.at.diverged is not None
+
+    def threat_now(self) -> ThreatModel:
+        """The threat model of the batch to come: its eps rises over the eps warm-up, and not again when a run is trained on."""
+        if not self.config.eps_warmup or self.at.origin or self.at.origin_seconds:
+            return self.threat
+        share = min(1.0, self.progress(ahead=0.5) / self.config.eps_warmup)
+        return dataclasses.replace(self.threat, eps=share * self.threat.eps)
 
     def lr(self) -> float:
         """The learning rate of the batch to come."""
@@ -154,7 +171,12 @@ class Trainer:
             if self.progress() >= 1.0:
                 break
             self.learner.progress = self._progress_after_epoch()
-            outcome = self.learner.step(batch, self.at.batches, self.lr())
+            self.learner.threat = self.threat_now()
+            try:
+                outcome = self.learner.step(batch, self.at.batches, self.lr())
+            except DivergedError:
+                self.at.diverged = self.at.epoch + 1
+                break
             count = totals.new_tensor(len(batch.y))
             correct = (outcome.logits.argmax(1) == batch.y).sum()
             alignment = torch.zeros_like(count) if outcome.alignment is None else outcome.alignment * count
@@ -195,6 +217,9 @@ class Trainer:
         if self.method.watches_inputs:
             record["alignment"] = alignment / max(count, 1.0)
         self.learner.synchronise()
+        if self.at.diverged is not None or not self.learner.is_finite():
+            self.at.diverged = self.at.epoch
+            return record | {"alarm": self._divergence()}
         if self.progress() >= 1.0 or self.at.epoch % (self.config.validate_every or 1) == 0:
             record |= self._validate()
             self.at.curve.append((record["seconds"], record["validation_pgd"]))
@@ -203,18 +228,22 @@ class Trainer:
                 self.at.selected = {**found, "epoch": record["epoch"]}
                 self.selected = {k: v.detach().clone() for k, v in self.learner.result.state_dict().items()}
                 self._save_model()
+        if "validation_clean" in record:
+            fell = has_fallen(self.at.highest, record, self.dataset.classes)
+            self.at.fallen = self.at.fallen + 1 if fell else 0
         if self.method.selects_by == "robust":
-            alarm = training_alarm(self.at.highest, record, self.dataset.classes)
+            alarm = training_alarm(
+                self.at.highest, record, self.dataset.classes, fallen=self.at.fallen, last=self.progress() >= 1.0
+            )
             if alarm is not None:
                 record["alarm"] = alarm
-        for name in {"validation_clean", "validation_pgd", "alignment"} & record.keys():
+        for name in {"validation_clean", "validation_pgd", "alignment", "lr"} & record.keys():
             self.at.highest[name] = max(record[name], self.at.highest.get(name, 0.0))
         return record
 
     def _validate(self) -> dict[str, float]:
         attack = PgdAttack(self.config.validation_steps)
-        model, threat = self.learner.result, self.learner.threat
-        found = evaluate(model, self.dataset.validation, threat, [attack], seed=self.config.seed)
+        found = evaluate(self.learner.result, self.dataset.validation, self.threat, [attack], seed=self.config.seed)
         return {"validation_clean": found.clean, "validation_pgd": found.robust[attack.name]}
 
     def _is_selected(self, record: dict[str, Any]) -> bool:
@@ -225,8 +254,9 @@ class Trainer:
         return record[key] >= self.at.selected[key]
 
     def _finish(self) -> TrainResult:
+        if self.selected is None:
+            raise DivergedError(self._divergence())
         network = self.learner.result
-        assert self.selected is not None
         network.load_state_dict(self.selected)
         network.eval()
         result = TrainResult(
@@ -240,9 +270,10 @@ class Trainer:
             self.at.batches * self.source.batch_size * self.fabric.world_size,
             self.at.peak_memory,
             dict(self.at.selected or {}),
+            self.at.diverged,
         )
         if self.folder is not None and self.leads:
-            summary = {name: getattr(result, name) for name in ("seconds", "compile_seconds", "updates")}
+            summary = {name: getattr(result, name) for name in ("seconds", "compile_seconds", "updates", "diverged")}
             write_json(
                 self.folder / "result.json",
                 {"method": self.config.method, **summary, "selected": self.at.selected},
@@ -260,8 +291,37 @@ class Trainer:
         if not (self.folder / "last.pt").exists():
             return None
         state = load_checkpoint(self.folder / "last.pt")
-        require_same(state["config"], self.config)
+        length = "epochs" if self.config.time_budget is None else "time_budget"
+        if set(changed_options(state["config"], self.config)) != {length}:
+            require_same(state["config"], self.config)
         return state
+
+    def _train_on(self, saved: dict[str, Any]) -> None:
+        """Begin another schedule where the saved run stands, if it is to be longer than the run was."""
+        name, there = ("epochs", self.at.batches / self.source.batches)
+        if self.config.time_budget is not None:
+            name, there = ("time_budget", self.at.seconds)
+        wanted = getattr(self.config, name)
+        if wanted == saved[name]:
+            return
+        if wanted <= there:
+            trained = f"the {there:g} that the run in {self.folder} has been trained for"
+            raise ValueError(f"{name} must be more than {trained}; got {wanted}")
+        self.at.origin, self.at.origin_seconds = self.at.batches, self.at.seconds
+        if self.shown:
+            new = f"over epochs {self.at.epoch + 1} to {wanted}" if name == "epochs" else f"over {wanted - there:.0f} s"
+            print(
+                f"the run in {self.folder} was of {saved[name]:g} {'epochs' if name == 'epochs' else 's'}: a new schedule {new} "
+                f"starts from the weights of epoch {self.at.epoch}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _divergence(self) -> str:
+        return (
+            f"training diverged in epoch {self.at.diverged}: weights or gradients are not finite; try a lower learning rate, a "
+            "warm-up or gradient clipping"
+        )
 
     def _open_folder(self) -> EpochLog | None:
         if self.folder is None or not self.leads:

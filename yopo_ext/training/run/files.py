@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -31,9 +32,19 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.close(directory)
 
 
+def finite(value: Any) -> Any:
+    """The value with None for every number that is not finite: JSON has no NaN and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+    """Write JSON atomically; numbers that are not finite become null."""
+    text = json.dumps(finite(value), indent=2, allow_nan=False)
+    write_atomically(path, lambda file: file.write((text + "\n").encode()))
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -44,7 +55,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write((json.dumps(record) + "\n").encode())
+        file.write((json.dumps(finite(record), allow_nan=False) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 
