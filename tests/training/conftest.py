@@ -10,7 +10,7 @@ import pytest
 import torch
 
 # Looked up, not imported: collecting tests should not take seconds.
-if any(find_spec(name) is None for name in ("jsonargparse", "lightning_fabric", "matplotlib", "sklearn", "tqdm")):
+if any(find_spec(name) is None for name in ("yaml", "lightning_fabric", "matplotlib", "sklearn", "tqdm")):
     collect_ignore_glob = ["*/test_*.py"]
 else:
     from yopo_ext.training.config.schema import TrainConfig

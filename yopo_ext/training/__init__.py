@@ -5,7 +5,7 @@ from importlib.util import find_spec
 _missing = [
     package
     for module, package in (
-        ("jsonargparse", "jsonargparse[signatures]"),
+        ("yaml", "pyyaml"),
         ("lightning_fabric", "lightning-fabric"),
         ("matplotlib", "matplotlib"),
         ("sklearn", "scikit-learn"),

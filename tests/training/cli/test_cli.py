@@ -151,22 +151,28 @@ def test_bad_requests_end_with_one_line(tmp_path, monkeypatch, capsys, arguments
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "mistake",
     [
-        (["train", "--eps", "8/0"], "must be a number or a fraction such as 8/255; got '8/0'"),
-        (["train", "--epochs", "many"], "many"),
-        (["train", "--accelerator", "abacus"], "abacus"),
-        (["train", "--epoch-count", "3"], "unrecognized arguments"),
-        (["compare", "--method", "pgd-10"], "unrecognized arguments"),  # no abbreviation of --methods
-        (["compare", "--seeds", "a,b"], 'Parser key "seeds"'),
-        ([], "subcommand"),
+        ["--batch-size", "5000"],
+        ["--model", "smallcnn"],  # takes larger images
+        ["--mean", "0.1,0.2", "--std", "1,1"],
+        ["--dataset", "cifar10"],
+        ["--out", "finished"],
+        ["--out", "finished", "--resume", "auto", "--lr", "0.3"],
     ],
 )
-def test_unparsable_requests_exit_with_status_2(capsys, arguments, message):
-    with pytest.raises(SystemExit) as exit_info:
-        main(arguments)
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "command", [["train", "--method", "natural"], ["compare", "--methods", "natural", "--seeds", "0"]]
+)
+def test_a_dry_run_meets_the_errors_of_the_run(tmp_path, monkeypatch, capsys, command, mistake):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--out", "finished", *TOY]) == 0
+    capsys.readouterr()
+    assert main([*command, *TOY, *mistake]) == 2
+    expected = capsys.readouterr().err
+    assert main([*command, *TOY, *mistake, "--dry-run"]) == 2
+    assert capsys.readouterr().err == expected
+    assert len(expected.strip().splitlines()) == 1
 
 
 def test_python_dash_m():

@@ -1,4 +1,4 @@
-"""The attacks of an evaluation by name; `SUITES` lists what is tried when."""
+"""The attacks of an evaluation by name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from yopo_ext.training.attacks.apgd import Apgd
 from yopo_ext.training.attacks.autoattack import AutoAttack
 from yopo_ext.training.attacks.base import Attack
 from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.attacks.suites import SUITES as SUITES
+from yopo_ext.training.nearest import nearest
 from yopo_ext.training.numbers import parse_number
-
-SUITES: dict[str, tuple[str, ...]] = {
-    "quick": ("pgd-20",),  # while developing
-    "standard": ("pgd-20", "pgd-50-10", "cw-50-10"),  # what papers on fast training report
-    # before claiming anything
-    "full": ("pgd-20", "pgd-50-10", "cw-50-10", "apgd-ce", "apgd-t", "square", "autoattack"),
-}
 
 
 def parse_attack(text: str) -> Attack:
@@ -31,10 +26,11 @@ def parse_attack(text: str) -> Attack:
     """
     named: dict[str, Attack] = {a.kind: a for a in (Apgd(), Apgd(targeted=True), AutoAttack(square=True), AutoAttack())}
     found = re.fullmatch(r"((pgd|cw)-([1-9]\d*)(-[1-9]\d*)?(:[^@]+)?|[a-z-]+)(@[1-9]\d*)?", text.strip())
+    close = nearest(text, (*named, "pgd-20", "cw-20"))
     if found is None or not (found[2] or found[1] in named):
         raise ValueError(
             "attack must look like pgd-20, pgd-50-10 (steps, restarts), cw-50-10 or pgd-40:0.01 (step size), or be one of "
-            f"{', '.join(named)}, with @1000 after it for the first 1000 images only; got {text!r}"
+            f"{', '.join(named)}, with @1000 after it for the first 1000 images only; got {text!r}{close}"
         )
     name, kind, steps, restarts, step_size, images = found.groups()
     if kind is None:

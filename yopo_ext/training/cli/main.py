@@ -3,93 +3,134 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from jsonargparse import ArgumentParser, Namespace
+from yopo_ext import __version__
+from yopo_ext.training.cli.options import (
+    Layout,
+    Option,
+    Parser,
+    add_options,
+    build,
+    method_options,
+    options_of,
+    read_yaml,
+)
+from yopo_ext.training.config.method_options import declared_methods
+from yopo_ext.training.config.schema import PRESETS, CompareConfig, EvaluateConfig, TrainConfig
+from yopo_ext.training.nearest import nearest, unknown
 
-from yopo_ext.training import methods
-from yopo_ext.training.cli.options import add_option, add_options, build, hint_of, plain
-from yopo_ext.training.config.resolve import resolve
-from yopo_ext.training.config.schema import CompareConfig, EvaluateConfig, TrainConfig
-from yopo_ext.training.run.deadline import Deadline
-
+Given = Mapping[str, Any]
 Job = Callable[[], int]
 
 UNFINISHED = 75  # exit status: stopped on request, to be run again with --resume auto
+USER_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
-    parser = make_parser()
-    given = parser.parse_args(None if arguments is None else list(arguments))
-    command = given.subcommand
-    prepare = {"train": _train, "evaluate": _evaluate, "compare": _compare, "export": _export}[command]
+    """Run one command; returns the exit status.
+
+    Raises:
+        SystemExit: for --help, and with status 2 for options that cannot be read.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = given[0] if given and not given[0].startswith("-") else None
     try:
-        job = prepare(given[command])
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        print(f"yopo-ext {command}: error: {error}", file=sys.stderr)
-        return 2
+        if command in COMMANDS:
+            return _run(command, given[1:])
+    except KeyboardInterrupt:  # also while PyTorch is loaded
+        print(f"yopo-ext {command}: interrupted", file=sys.stderr)
+        return 130
+    if given and given[0] == "--version":
+        print(
+            f"yopo-ext {__version__} (torch {importlib.metadata.version('torch')}, Python {platform.python_version()})"
+        )
+        return 0
+    if given and given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    what = f"there is no command {given[0]!r}{nearest(given[0], COMMANDS)}" if given else "which command?"
+    print(f"yopo-ext: error: {what}; commands: {', '.join(COMMANDS)}; --help says more", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    command = COMMANDS[name]
+    try:
+        given = read(name, arguments)
+        if "torch" not in sys.modules:
+            print(f"yopo-ext {name}: loading PyTorch", file=sys.stderr, flush=True)
+        job = command.prepare(given)
+        if given["dry_run"]:  # which constructs what the run would, and so meets the same errors
+            return job()
+    except USER_ERRORS as error:
+        return _failed(name, error, 2)
     try:
         return job()
     except (OSError, FloatingPointError) as error:  # a full disk, a damaged image, weights that are not finite
-        print(f"yopo-ext {command}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"yopo-ext {command}: interrupted", file=sys.stderr)
-        return 130
+        return _failed(name, error, 1)
 
 
-def make_parser() -> ArgumentParser:
-    """All commands with all their options; every option can also be set in a YAML file given as --config."""
-    parser = ArgumentParser(
-        prog="yopo-ext", description="Fast adversarial training of image classifiers.", allow_abbrev=False
+def _failed(name: str, error: Exception, status: int) -> int:
+    print(f"yopo-ext {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def make_parser(name: str) -> Parser:
+    """The parser of one command; every option can also be set in a YAML file given as --config."""
+    command = COMMANDS[name]
+    parser = Parser(
+        prog=f"yopo-ext {name}",
+        usage=f"yopo-ext {name} {' '.join([*(p.upper() for p in command.positional), '[options]'])}",
+        description=f"{command.about}\n\nNUMBER is a number or a fraction: 0.03, 8/255, 1e-3.",
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in command.examples),
+        formatter_class=Layout,
+        allow_abbrev=False,
     )
-    commands = parser.add_subcommands(required=True)
-
-    train = _command("Train one model with one method.")
-    add_options(train, TrainConfig)
-    for name, field in methods.option_fields().items():
-        users = ", ".join(m for m, cls in methods.METHODS.items() if name in {f.name for f in dataclasses.fields(cls)})
-        add_option(train, field, hint_of(field), default=None, note=f" [{users}]")
-    commands.add_subcommand("train", train, help="train one model")
-
-    evaluate = _command("Attack a trained model.")
-    evaluate.add_argument("checkpoint", type=str, help="model.pt or last.pt of a run")
-    add_options(evaluate, EvaluateConfig, skip=("checkpoint",))
-    commands.add_subcommand("evaluate", evaluate, help="attack a trained model")
-
-    export = _command("Write a trained model's weights as a plain state_dict, with the keys RobustBench uses.")
-    export.add_argument("checkpoint", type=str, help="model.pt or last.pt of a run")
-    export.add_argument("file", type=str, help="where to write them, for torch.load")
-    commands.add_subcommand("export", export, help="write a state_dict")
-
-    compare = _command("Train several methods alike and test them alike.")
-    add_options(compare, CompareConfig, skip=("train",))
-    add_options(compare, TrainConfig, skip=("method", "seed"))
-    commands.add_subcommand("compare", compare, help="compare training methods")
-    return parser
-
-
-def _command(description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description, usage="%(prog)s [options]; --help lists them", allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with options of this command")
+    for positional, text in command.positional.items():
+        parser.add_argument(positional, help=text)
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with options of this command; the command line wins"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be run, how long and with how much memory"
     )
+    add_options(parser, command.options())
     return parser
 
 
-def _train(given: Namespace) -> Job:
-    from yopo_ext.training.loop.trainer import Trainer
+def read(name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What was given on the command line and in the YAML file it names, by name.
 
-    names = methods.option_fields()
-    options = {name: plain(given[name]) for name in names if given[name] is not None}
-    config, method = resolve(build(TrainConfig, given), options)
-    if given.dry_run:
-        return _plan([(config.method, config)])
+    Raises:
+        OSError, ValueError: for the file, or for a data set or a method that does not exist.
+        SystemExit: for the command line.
+    """
+    parser = make_parser(name)
+    given = vars(parser.parse(arguments))
+    if (path := given.pop("config")) is not None:
+        given = {**read_yaml(Path(path), COMMANDS[name].options()), **given}
+    if given.get("dataset", "digits") not in PRESETS:
+        raise unknown("dataset", given["dataset"], PRESETS)
+    return given
+
+
+def _train(given: Given) -> Job:
+    from yopo_ext.training.config.resolve import resolve
+    from yopo_ext.training.loop.saved_run import saved_run
+    from yopo_ext.training.loop.trainer import Trainer
+    from yopo_ext.training.run.deadline import Deadline
+
+    names = {name for options in declared_methods().values() for name in options}
+    config, method = resolve(build(TrainConfig, given), {n: value for n, value in given.items() if n in names})
+    if given["dry_run"]:
+        return _plan([(config.method, config)], lambda: saved_run(config))
     if config.out is None:
         config.out = str(default_folder("train", config))
     trainer = Trainer(config)
@@ -116,15 +157,14 @@ def _train(given: Namespace) -> Job:
     return job
 
 
-def _evaluate(given: Namespace) -> Job:
+def _evaluate(given: Given) -> Job:
     from yopo_ext.training.evaluation.checkpoint_test import CheckpointTest
+    from yopo_ext.training.run.deadline import Deadline
 
-    config = build(EvaluateConfig, given, skip=("checkpoint",))
-    config.checkpoint = given.checkpoint
-    test = CheckpointTest(config)
+    test = CheckpointTest(config := build(EvaluateConfig, given))
 
     def job() -> int:
-        if given.dry_run:
+        if given["dry_run"]:
             print(test.describe())
             return 0
         deadline = Deadline()
@@ -139,19 +179,21 @@ def _evaluate(given: Namespace) -> Job:
     return job
 
 
-def _export(given: Namespace) -> Job:
+def _export(given: Given) -> Job:
+    import torch
+
     from yopo_ext.training.models import robustbench_model
     from yopo_ext.training.run.checkpoint import WRITTEN, load_checkpoint, tested_weights
     from yopo_ext.training.run.files import write_atomically
 
-    state = load_checkpoint(Path(given.checkpoint))
-    weights, target = tested_weights(state), Path(given.file)
-    taken = target.exists() and (target.name in WRITTEN or target.samefile(given.checkpoint))
+    state = load_checkpoint(Path(given["checkpoint"]))
+    weights, target = tested_weights(state), Path(given["file"])
+    taken = target.exists() and (target.name in WRITTEN or target.samefile(given["checkpoint"]))
     if target.is_dir() or taken:
-        raise ValueError(f"file must name a new file, not a folder or a file of the run; got {given.file!r}")
+        raise ValueError(f"file must name a new file, not a folder or a file of the run; got {str(target)!r}")
 
     def job() -> int:
-        if not given.dry_run:
+        if not given["dry_run"]:
             write_atomically(target, lambda file: torch.save(weights, file))
         model, size = state["config"]["model"], sum(value.numel() for value in weights.values())
         print(f"{len(weights)} tensors, {size} numbers of {model}: {target}")
@@ -164,14 +206,16 @@ def _export(given: Namespace) -> Job:
     return job
 
 
-def _compare(given: Namespace) -> Job:
+def _compare(given: Given) -> Job:
     from yopo_ext.training.comparison.comparison import Comparison, plan
     from yopo_ext.training.comparison.report import finding, table
+    from yopo_ext.training.run.deadline import Deadline
 
-    train = TrainConfig(**dataclasses.asdict(build(TrainConfig, given, skip=("method", "seed"))))
-    config = dataclasses.replace(build(CompareConfig, given, skip=("train",)), train=train)
-    if given.dry_run:
-        return _plan(plan(config), config.test_attacks, config.test_samples)
+    train = build(TrainConfig, given)
+    config = build(CompareConfig, given, train=train)
+    if given["dry_run"]:
+        runs = plan(config)
+        return _plan(runs, lambda: Comparison(config, shown=False), config.test_attacks, config.test_samples)
     if train.out is None:
         train.out = str(default_folder("compare", train))
     comparison = Comparison(config)
@@ -204,17 +248,20 @@ def default_folder(command: str, config: TrainConfig) -> Path:
 
 
 def _plan(
-    runs: Sequence[tuple[str, TrainConfig]], test_attacks: Sequence[str] = (), test_samples: int | None = None
+    runs: Sequence[tuple[str, TrainConfig]],
+    check: Callable[[], object],
+    test_attacks: Sequence[str] = (),
+    test_samples: int | None = None,
 ) -> Job:
     from yopo_ext.training.attacks.registry import parse_attacks
     from yopo_ext.training.cli.dry_run import Estimate, estimate
     from yopo_ext.training.config.resolve import dataset_of
     from yopo_ext.training.run.progress import duration
 
-    dataset = dataset_of(runs[0][1])
-    attacks = parse_attacks(test_attacks) if test_attacks else []
-
     def job() -> int:
+        check()
+        dataset = dataset_of(runs[0][1])
+        attacks = parse_attacks(test_attacks) if test_attacks else []
         seen: dict[str, Estimate] = {}
         for text, run in runs:
             if text not in seen:
@@ -229,6 +276,73 @@ def _plan(
         return 0
 
     return job
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, its options, and the function that prepares it; what it returns does it."""
+
+    about: str
+    prepare: Callable[[Given], Job]
+    options: Callable[[], list[Option]]
+    examples: Sequence[str]
+    positional: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+_CHECKPOINT = "model.pt or last.pt of a run"
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "Train one model with one method.",
+        _train,
+        lambda: [*options_of(TrainConfig), *method_options()],
+        (
+            "yopo-ext train --method yopo-5-3 --dataset digits --out runs/yopo",
+            "yopo-ext train --method pgd-10 --dataset cifar10 --download --eps 8/255 --epochs 30 --resume auto --out runs/pgd",
+        ),
+    ),
+    "evaluate": Command(
+        "Attack a trained model.",
+        _evaluate,
+        lambda: options_of(EvaluateConfig, skip=("checkpoint",)),
+        ("yopo-ext evaluate runs/yopo/model.pt --attacks pgd-20,apgd-ce --out runs/yopo/evaluation.json",),
+        {"checkpoint": _CHECKPOINT},
+    ),
+    "compare": Command(
+        "Train several methods alike and test them alike.",
+        _compare,
+        lambda: [*options_of(CompareConfig, skip=("train",)), *options_of(TrainConfig, skip=("method", "seed"))],
+        ("yopo-ext compare --methods natural,pgd-10,yopo-5-3 --dataset digits --seeds 0,1,2 --out runs/compare",),
+    ),
+    "export": Command(
+        "Write a trained model's weights as a plain state_dict, with the keys RobustBench uses.",
+        _export,
+        list,
+        ("yopo-ext export runs/yopo/model.pt weights.pt",),
+        {"checkpoint": _CHECKPOINT, "file": "where to write them, for torch.load"},
+    ),
+}
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: yopo-ext COMMAND [options]    yopo-ext COMMAND --help lists the options of a command",
+            "",
+            "Fast adversarial training of image classifiers.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            "  --version   the versions of this package, of PyTorch and of Python",
+            "  --help      this text",
+            "",
+            "example:",
+            f"  {COMMANDS['train'].examples[0]}",
+        ]
+    )
 
 
 if __name__ == "__main__":

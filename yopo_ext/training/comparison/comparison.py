@@ -12,13 +12,14 @@ from yopo_ext import validation
 from yopo_ext.training.attacks.registry import parse_attacks
 from yopo_ext.training.comparison.plot import save_plot
 from yopo_ext.training.comparison.report import Row, finding, table
-from yopo_ext.training.config.resolve import dataset_of, device_for, require_same, resolve
+from yopo_ext.training.config.resolve import check_channels, dataset_of, device_for, require_same, resolve
 from yopo_ext.training.config.schema import CompareConfig, TrainConfig
 from yopo_ext.training.data.batches import SplitSource
 from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.evaluation.evaluate import Evaluation, evaluate_in_parts
 from yopo_ext.training.loop.position import DivergedError
 from yopo_ext.training.loop.trainer import Trainer
+from yopo_ext.training.models import build_model
 from yopo_ext.training.numbers import parse_number
 from yopo_ext.training.run.checkpoint import require_empty
 from yopo_ext.training.run.deadline import Deadline
@@ -124,7 +125,10 @@ class Comparison:
         self.dataset = dataset_of(config.train)
         for _, run in self.runs:
             assert run.batch_size is not None
-            SplitSource(self.dataset.train, run.batch_size, seed=run.seed)  # its checks, before anything is trained
+            # Their checks, before anything is trained.
+            SplitSource(self.dataset.train, run.batch_size, seed=run.seed)
+            check_channels(run, self.dataset.shape[0])
+        build_model(str(self.runs[0][1].model), self.dataset.shape, self.dataset.classes)
 
     def run(self, deadline: Deadline | None = None) -> list[Row] | None:
         """The table's rows; None if the `deadline` passed before (`resume="auto"` goes on from there)."""

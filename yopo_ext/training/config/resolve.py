@@ -17,6 +17,7 @@ from yopo_ext.training.data.datasets import load_dataset
 from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.methods import Method, ThreatModel
 from yopo_ext.training.models import check_model_name
+from yopo_ext.training.nearest import unknown
 from yopo_ext.training.optim.schedules import make_schedule
 from yopo_ext.training.run.metrics import require_tensorboard
 
@@ -27,7 +28,8 @@ def resolve(config: TrainConfig, method_options: dict[str, Any] | None = None) -
     Raises:
         ValueError, TypeError: naming the field, what it was and what is allowed.
     """
-    validation.choice("dataset", config.dataset, tuple(PRESETS))
+    if config.dataset not in PRESETS:
+        raise unknown("dataset", config.dataset, PRESETS)
     preset = PRESETS[config.dataset]
     method = methods.parse(config.method, **(method_options or {}))
     defaults: dict[str, Any] = {
@@ -140,6 +142,12 @@ def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, tup
     if now["time_budget"] is not None:
         now["epochs"] = then["epochs"]  # runs with a time budget used to keep a number of epochs that ended nothing
     return {name: (then[name], now[name]) for name in now if name not in CHANGEABLE and then[name] != now[name]}
+
+
+def check_channels(config: TrainConfig, channels: int) -> None:
+    """Raise ValueError if the normalisation is not for images of so many channels."""
+    if len(config.mean) not in (0, 1, channels):
+        raise ValueError(f"mean must have one value or one per channel ({channels}); got {list(config.mean)}")
 
 
 def threat_model(config: TrainConfig) -> ThreatModel:

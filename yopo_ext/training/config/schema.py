@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from yopo_ext.training import methods
-from yopo_ext.training.attacks.registry import SUITES
-from yopo_ext.training.methods.base import option
+from yopo_ext.training.attacks.suites import SUITES
+from yopo_ext.training.config.method_options import declared_methods
+from yopo_ext.training.option import option
+
+# The headings of `--help`, in its order.
+GROUPS: dict[str, str] = {
+    "data": "what is learnt from",
+    "model": "the network",
+    "method": "how it is made robust, and against what",
+    "optimisation": "how long and how fast it learns",
+    "speed": "how the machine computes",
+    "run": "its seed, its folder, what it writes and selects",
+}
 
 
 @dataclass(frozen=True)
@@ -49,61 +59,91 @@ class TrainConfig:
 
     method: str = option(
         "yopo-5-3",
-        f"training method, with its numbers (pgd-10, yopo-5-3) or options (yopo:persist): {', '.join(methods.METHODS)}",
+        f"training method, with its numbers (pgd-10, yopo-5-3) or options (yopo:persist): {', '.join(declared_methods())}",
+        group="method",
     )
-    dataset: str = option("digits", f"data set: {', '.join(PRESETS)}")
-    data_dir: str = option("data", "folder that holds or receives data sets")
-    download: bool = option(False, "download the data set if it is not in the folder")
-    image_size: int | None = option(None, "imagefolder: pixels that images are resized and cropped to (default: 224)")
+    dataset: str = option("digits", f"data set: {', '.join(PRESETS)}", group="data")
+    data_dir: str = option("data", "folder that holds or receives data sets", group="data", metavar="FOLDER")
+    download: bool = option(False, "download the data set if it is not in the folder", group="data")
+    image_size: int | None = option(
+        None, "imagefolder: pixels that images are resized and cropped to (default: 224)", group="data"
+    )
     image_channels: int | None = option(
-        None, "imagefolder: 1 for grey images, 3 for colour; files of the other kind are converted (default: 3)"
+        None,
+        "imagefolder: 1 for grey images, 3 for colour; files of the other kind are converted (default: 3)",
+        group="data",
     )
     workers: int | None = option(
-        None, "imagefolder: leave the images in their files, and decode them in so many processes (default: in memory)"
+        None,
+        "imagefolder: leave the images in their files, and decode them in so many processes (default: in memory)",
+        group="data",
     )
     model: str | None = option(
-        None, "digits-cnn, smallcnn, preactresnet18, wrn-DEPTH-WIDTH, timm/NAME, torchvision/NAME"
+        None,
+        "digits-cnn, smallcnn, preactresnet18, resnet18, wrn-DEPTH-WIDTH, timm/NAME, torchvision/NAME",
+        group="model",
     )
-    eps: float | None = option(None, "radius of the ball, in pixel units (pixels in [0, 1]; 8/255 is fine)")
-    norm: Literal["linf", "l2"] = option("linf", "norm of the ball")
-    mean: tuple[float, ...] = option((), "the model gets (pixels - mean) / std, per channel; eps stays in pixel units")
-    std: tuple[float, ...] = option((), "see mean")
+    eps: float | None = option(None, "radius of the ball of perturbations, for pixels in [0, 1]", group="method")
+    norm: Literal["linf", "l2"] = option("linf", "norm of the ball", group="method")
+    mean: tuple[float, ...] = option(
+        (), "the model gets (pixels - mean) / std, per channel; eps stays in pixel units", group="model"
+    )
+    std: tuple[float, ...] = option((), "see mean", group="model")
     seed: int = option(0, "seed of weights, batch order and attacks")
     out: str | None = option(
         None,
         "folder for checkpoints and metrics (default: a new one under runs); a finished or foreign run in it is never touched",
+        metavar="FOLDER",
     )
-    epochs: int | None = option(None, "passes over the training data")
-    time_budget: float | None = option(None, "seconds of training, instead of epochs")
-    batch_size: int | None = option(None, "samples per weight update and process")
-    lr: float | None = option(None, "highest learning rate")
-    momentum: float = option(0.9, "SGD momentum")
-    weight_decay: float = option(5e-4, "L2 penalty, on every parameter")
+    epochs: int | None = option(None, "passes over the training data", group="optimisation")
+    time_budget: float | None = option(None, "seconds of training, instead of epochs", group="optimisation")
+    batch_size: int | None = option(None, "samples per weight update and process", group="optimisation")
+    lr: float | None = option(
+        None, "highest learning rate; for some methods, times a factor of their own", group="optimisation"
+    )
+    momentum: float = option(0.9, "SGD momentum", group="optimisation")
+    weight_decay: float = option(5e-4, "L2 penalty, on every parameter", group="optimisation")
     schedule: Literal["triangular", "cosine", "one-cycle", "piecewise", "constant"] = option(
-        "triangular", "learning rate over the run"
+        "triangular", "learning rate over the run", group="optimisation"
     )
-    milestones: tuple[float, ...] = option((), "piecewise schedule: fractions of the run, comma separated")
-    warmup: float = option(0.0, "fraction of the run over which the learning rate also rises from 0")
+    milestones: tuple[float, ...] = option(
+        (), "piecewise schedule: fractions of the run, comma separated", group="optimisation"
+    )
+    warmup: float = option(
+        0.0, "fraction of the run over which the learning rate also rises from 0", group="optimisation"
+    )
     eps_warmup: float = option(
-        0.0, "fraction of the run over which eps rises from 0, and with it every step size that is not given"
+        0.0,
+        "fraction of the run over which eps rises from 0, and with it every step size that is not given",
+        group="method",
     )
-    clip: float | None = option(None, "largest gradient norm")
+    clip: float | None = option(None, "largest gradient norm", group="optimisation")
     average: float | None = option(
-        None, "fraction of the updates so far that the averaged weights, which are then the result, span; 0: no average"
+        None,
+        "fraction of the updates so far that the averaged weights, which are then the result, span; 0: no average",
+        group="optimisation",
     )
-    ema: float | None = option(None, "constant decay of a moving average of the weights, instead of average")
-    label_smoothing: float | None = option(None, "label smoothing of the training loss")
-    augment: bool | None = option(None, "random crop and flip")
-    validation_size: int | None = option(None, "training samples held out for validation")
+    ema: float | None = option(
+        None, "constant decay of a moving average of the weights, instead of average", group="optimisation"
+    )
+    label_smoothing: float | None = option(None, "label smoothing of the training loss", group="optimisation")
+    augment: bool | None = option(None, "random crop and flip", group="data")
+    validation_size: int | None = option(
+        None, "training samples held out for validation (default: 180 of digits, 2000 of the others)", group="data"
+    )
     validate_every: int | None = option(None, "epochs between validations")
     validation_steps: int = option(10, "PGD steps of the validation attack")
     select: Literal["best", "last"] = option("best", "which checkpoint is the result: best on validation, or last")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option("32-true", "arithmetic of the passes")
-    accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run; auto: a GPU if there is one")
-    devices: int = option(1, "processes, one per device")
-    compile: bool = option(False, "torch.compile the model")
-    channels_last: bool = option(False, "channels_last memory format")
-    threads: int | None = option(None, "CPU threads")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option(
+        "32-true", "arithmetic of the passes", group="speed"
+    )
+    accelerator: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "where to run; auto: a GPU if there is one", group="speed"
+    )
+    devices: int = option(1, "processes, one per device", group="speed")
+    compile: bool = option(False, "torch.compile the model", group="speed")
+    channels_last: bool = option(False, "channels_last memory format", group="speed")
+    threads: int | None = option(None, "CPU threads", group="speed")
     resume: Literal["never", "auto"] = option(
         "never", "auto: go on with the run that the folder holds, if it holds one"
     )
@@ -131,9 +171,9 @@ class EvaluateConfig:
     split: Literal["test", "validation"] = option("test", "which split to attack")
     samples: int | None = option(None, "only the first so many samples")
     seed: int = option(0, "seed of the attacks' random starts")
-    data_dir: str | None = option(None, "folder of the data set, if not the one used in training")
+    data_dir: str | None = option(None, "folder of the data set, if not the one used in training", metavar="FOLDER")
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run; auto: a GPU if there is one")
-    out: str | None = option(None, "JSON file for the result")
+    out: str | None = option(None, "JSON file for the result", metavar="FILE")
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 
 from yopo_ext.training.data.image_files import ImageFiles
 from yopo_ext.training.data.splits import Dataset, Split, stratified_split
+from yopo_ext.training.nearest import unknown
 from yopo_ext.training.torchvision_import import import_torchvision
 
 
@@ -65,7 +66,7 @@ def load_dataset(
         OSError: an image file that cannot be read, by name.
     """
     if name not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; got {name!r}")
+        raise unknown("dataset", name, DATASETS)
     if image_channels not in (None, 1, 3):
         raise ValueError(f"image_channels must be 1 or 3; got {image_channels}")
     entry = DATASETS[name]

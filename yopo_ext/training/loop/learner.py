@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from yopo_ext import attacks
-from yopo_ext.training.config.resolve import threat_model
+from yopo_ext.training.config.resolve import check_channels, threat_model
 from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.batches import Batch, PerSample
 from yopo_ext.training.data.splits import Dataset
@@ -35,9 +35,7 @@ class FabricLearner:
         self.config, self.method, self.dataset, self.fabric = config, method, dataset, fabric
         self.device = fabric.device
         self.threat, self.classes = threat_model(config), dataset.classes
-        channels = dataset.shape[0]
-        if len(config.mean) not in (0, 1, channels):
-            raise ValueError(f"mean must have one value or one per channel ({channels}); got {list(config.mean)}")
+        check_channels(config, dataset.shape[0])
         torch.manual_seed(mix_seed(config.seed))
         self.module, self.first_layer = build_model(config.model, dataset.shape, dataset.classes)
         self.module.train()

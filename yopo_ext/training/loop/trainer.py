@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.training.attacks.pgd import PgdAttack
-from yopo_ext.training.config.resolve import changed_options, dataset_of, require_same, resolve, threat_model
+from yopo_ext.training.config.resolve import dataset_of, resolve, threat_model
 from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.augment import Augmentation
 from yopo_ext.training.data.batches import SplitSource
@@ -22,9 +22,10 @@ from yopo_ext.training.evaluation.evaluate import evaluate
 from yopo_ext.training.loop.collapse_alarm import has_fallen, training_alarm
 from yopo_ext.training.loop.learner import FabricLearner
 from yopo_ext.training.loop.position import Clock, DivergedError, Position
+from yopo_ext.training.loop.saved_run import saved_run
 from yopo_ext.training.methods import Method, ThreatModel
 from yopo_ext.training.optim.schedules import make_schedule
-from yopo_ext.training.run.checkpoint import load_checkpoint, require_empty, save_checkpoint
+from yopo_ext.training.run.checkpoint import save_checkpoint
 from yopo_ext.training.run.deadline import Deadline
 from yopo_ext.training.run.environment import environment
 from yopo_ext.training.run.files import remove_leftovers, write_json
@@ -65,7 +66,7 @@ class Trainer:
         self.config, self.method = resolve(config)
         self.folder = Path(self.config.out) if self.config.out is not None else None
         self.at = Position()
-        saved = self._find_run()
+        saved = saved_run(self.config)
         threads = self.config.threads if saved is None else saved["threads"]  # another number rounds differently
         if threads is not None:
             torch.set_num_threads(threads)
@@ -279,22 +280,6 @@ class Trainer:
                 {"method": self.config.method, **summary, "selected": self.at.selected},
             )
         return result
-
-    def _find_run(self) -> dict[str, Any] | None:
-        """The state of the run in the folder, if it is to be gone on with."""
-        if self.folder is None:
-            return None
-        if self.config.resume == "never":
-            require_empty(self.folder)
-        if (self.folder / "metrics.jsonl").exists() and not (self.folder / "run.json").exists():
-            raise ValueError(f"out must not be the folder of a comparison, or of what is no run; got {self.folder}")
-        if not (self.folder / "last.pt").exists():
-            return None
-        state = load_checkpoint(self.folder / "last.pt")
-        length = "epochs" if self.config.time_budget is None else "time_budget"
-        if set(changed_options(state["config"], self.config)) != {length}:
-            require_same(state["config"], self.config)
-        return state
 
     def _train_on(self, saved: dict[str, Any]) -> None:
         """Begin another schedule where the saved run stands, if it is to be longer than the run was."""

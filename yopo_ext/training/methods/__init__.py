@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from typing import Any
@@ -20,6 +21,7 @@ from yopo_ext.training.methods.pgd import Pgd
 from yopo_ext.training.methods.trades import Trades
 from yopo_ext.training.methods.trades_yopo import TradesYopo
 from yopo_ext.training.methods.yopo import Yopo
+from yopo_ext.training.nearest import nearest
 from yopo_ext.training.numbers import parse_number
 
 __all__ = ["METHODS", "Cost", "Learner", "Method", "Outcome", "Start", "ThreatModel", "make", "option_fields", "parse"]
@@ -55,14 +57,16 @@ def make(name: str, **options: Any) -> Method:
         ValueError: unknown method or option, or a value the option does not take.
     """
     if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+        word = re.sub(r"(-\d+)+$", "", name)
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}{nearest(word, METHODS)}")
     cls = METHODS[name]
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     for option in options:
         if option not in known:
             allowed = ", ".join(sorted(known)) or "no options"
-            raise ValueError(f"{option} is no option of method {name!r}, which takes {allowed}")
+            close = nearest(option, known)
+            raise ValueError(f"{option} is no option of method {name!r}, which takes {allowed}{close}")
     return cls(**{option: _convert(option, value, hints[option]) for option, value in options.items()})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from yopo_ext.model_state import evaluating
 from yopo_ext.training.data.batches import Batch, Frame, PerSample
+from yopo_ext.training.option import option as option  # for the methods, beside what else they need
 
 BNMode = Literal["eval", "train"]
 Start = Literal["zero", "uniform", "corners"]
@@ -92,11 +93,6 @@ class Outcome:
     loss: Tensor
     logits: Tensor
     alignment: Tensor | None = None  # agreement of the attack's gradient signs with those of the training pass, -1..1
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field that becomes a command-line option."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from yopo_ext.training.models.preactresnet import PreActResNet, preactresnet8, p
 from yopo_ext.training.models.resnet import ResNet, resnet18
 from yopo_ext.training.models.small import SmallCNN, digits_cnn
 from yopo_ext.training.models.wideresnet import WideResNet
+from yopo_ext.training.nearest import nearest
 from yopo_ext.training.torchvision_import import import_torchvision
 
 __all__ = [
@@ -63,7 +64,7 @@ def check_model_name(name: str | None) -> None:
         allowed = f"{', '.join(MODELS)}, wrn-DEPTH-WIDTH (wrn-34-10), timm/NAME, torchvision/NAME"
         library = str(name).partition("/")[0]
         why = f" ({library} is not installed, or has no such model)" if library in ("timm", "torchvision") else ""
-        raise ValueError(f"model must be one of {allowed}; got {name!r}{why}")
+        raise ValueError(f"model must be one of {allowed}; got {name!r}{why or nearest(name, MODELS)}")
 
 
 def robustbench_model(name: str, classes: int) -> str | None:
