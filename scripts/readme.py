@@ -155,6 +155,31 @@ def first_layer_gpu(data: dict[str, Any]) -> str:
     return markdown(head, lines) + f"\n\n{where['gpu']}, torch {where['torch']}, {where['date']}."
 
 
+def warp_instructions(data: dict[str, Any]) -> str:
+    """Instructions of the CUDA kernels: counted in their machine code, not timed."""
+
+    def thousands(number: float | None) -> str:
+        return "" if number is None else f"{number / 1000:,.1f}"
+
+    head = ["case", "before", "with `mask_start`", "now", "floor / copy, us", "registers, KB, blocks per SM"]
+    lines = []
+    for name, case in data["cases"].items():
+        counts = case["warp_instructions_per_image"]
+        floor = "" if case["issue_floor_us"] is None else f"{case['issue_floor_us']:.0f} / {case['copy_us']:.0f}"
+        spilled = f", {case['spill_bytes']} B spilled" if case["spill_bytes"] else ""
+        lines.append([
+            f"{name}, B={case['batch']}", *(thousands(counts[c]) for c in ("81982b0", "with mask_start", "now")), floor,
+            f"{case['registers']}, {case['shared_bytes'] / 1024:.1f}, {case['blocks_per_sm']}{spilled}",
+        ])  # fmt: skip
+    rate = data["processors"] * data["issues_per_clock"] * data["clock_hz"]
+    return (
+        markdown(head, lines)
+        + f"\n\nThousands of warp instructions per image in {data['architecture']} machine code ({data['compiler']}), counted, not "
+        f"timed. Floor: instructions x B / {rate / 1e9:.0f} G issues a second, which no H200 can beat; copy: the bytes that "
+        f"must move at {data['copy_bytes_per_s'] / 1e12:.1f} TB/s."
+    )
+
+
 # marker in a document -> (JSON file, renderer)
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "demo": ("digits_comparison", comparison),
@@ -167,6 +192,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "first_layer_cpu": ("first_layer_cpu", first_layer_cpu),
     "training_step_cpu": ("training_step_cpu", training_step_cpu),
     "first_layer_gpu": ("first_layer_gpu", first_layer_gpu),
+    "warp_instructions": ("warp_instructions", warp_instructions),
 }
 
 
@@ -180,7 +206,7 @@ def render(readme: str) -> str:
     return re.sub(r"<!-- table:(\w+) -->\n.*?<!-- end -->", table, readme, flags=re.DOTALL)
 
 
-DOCUMENTS = ("README.md", "recipes/README.md")
+DOCUMENTS = ("README.md", "docs/kernels.md", "recipes/README.md")
 
 
 def main() -> int:

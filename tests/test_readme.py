@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,18 @@ def test_a_changed_figure_is_noticed(tmp_path):
     head, mark, rest = readme.partition("<!-- table:first_layer_cpu -->\n")
     assert mark
     (tmp_path / "README.md").write_text(head + mark + "x" + rest)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for folder in ("docs", "recipes"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     assert subprocess.run([sys.executable, tmp_path / "scripts" / "readme.py", "--check"], check=False).returncode == 1
+
+
+def test_counted_instructions_keep_to_their_budgets():
+    """Counted after a change to the CUDA kernels, as docs/kernels.md says."""
+    counted = json.loads((ROOT / "benchmarks" / "results" / "warp_instructions.json").read_text())["cases"]
+    for line in (ROOT / "benchmarks" / "warp_instructions.toml").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, most = line.split(" = ")
+            assert counted[name]["warp_instructions_per_image"]["now"] <= int(most), name
 
 
 def test_the_links_lead_somewhere():

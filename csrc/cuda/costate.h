@@ -10,18 +10,27 @@ namespace yopo::cuda {
 YOPO_DEVICE float float_from_bfloat(uint16_t bits) { return widen(BFloat16{bits}); }
 YOPO_DEVICE uint16_t bfloat_from_float(float value) { return narrow<BFloat16>(value).bits; }
 
-// Element `index` of an array of run-time dtype.
-template <class T>
-YOPO_DEVICE T load_as(const void* data, DType dtype, int64_t index) {
+YOPO_DEVICE float load_element(const float* at) { return ld_stream(at); }
+YOPO_DEVICE double load_element(const double* at) { return ld_stream(at); }
+YOPO_DEVICE float load_element(const BFloat16* at) {
+  return float_from_bfloat(ld_stream(reinterpret_cast<const uint16_t*>(at)));
+}
+YOPO_DEVICE float load_element(const Float16* at) {
+  return float_from_half(ld_stream(reinterpret_cast<const uint16_t*>(at)));
+}
+
+// f(a typed pointer to the first element of an array of run-time dtype): the choice is made once, not per element.
+template <class F>
+YOPO_DEVICE void with_dtype(const void* data, DType dtype, F&& f) {
   switch (dtype) {
     case DType::kFloat32:
-      return T(ld_stream(static_cast<const float*>(data) + index));
+      return f(static_cast<const float*>(data));
     case DType::kFloat64:
-      return T(ld_stream(static_cast<const double*>(data) + index));
+      return f(static_cast<const double*>(data));
     case DType::kBFloat16:
-      return T(float_from_bfloat(ld_stream(static_cast<const uint16_t*>(data) + index)));
+      return f(static_cast<const BFloat16*>(data));
     default:
-      return T(float_from_half(ld_stream(static_cast<const uint16_t*>(data) + index)));
+      return f(static_cast<const Float16*>(data));
   }
 }
 

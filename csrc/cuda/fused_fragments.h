@@ -7,15 +7,25 @@
 
 namespace yopo::cuda {
 
-// Operands of one mma as tf32. Precise: value = high + low, and three products recover fp32's accuracy.
-template <bool kPrecise, int N>
+// Operands of one mma as tf32, whose low 13 bits the tensor core leaves out. Precise: value = high + low, and three
+// products (two where the low part is zero) recover fp32's accuracy; the sign of `low` is random, so leaving out its
+// last bits has no bias. kExact: the values have no more bits than tf32.
+template <bool kPrecise, int N, bool kExact_ = false>
 struct Operand {
+  static constexpr bool kExact = kExact_;
   uint32_t high[N];
-  uint32_t low[kPrecise ? N : 1];
+  uint32_t low[kPrecise && !kExact ? N : 1];
 
   YOPO_DEVICE void set(int i, float value) {  // rounds
-    high[i] = to_tf32(value);
-    if constexpr (kPrecise) low[i] = to_tf32(value - bits_float(high[i]));
+    if constexpr (kExact) {
+      high[i] = float_bits(value);
+    } else if constexpr (kPrecise) {
+      // a NaN may leave `high`, but not `low`
+      high[i] = (float_bits(value) + 0x1000u) & 0xFFFFE000u;
+      low[i] = float_bits(value - bits_float(high[i]));
+    } else {
+      high[i] = to_tf32(value);
+    }
   }
   YOPO_DEVICE void set_rounded(int i, float value) {  // shared memory holds rounded values unless kPrecise
     if constexpr (kPrecise) {
@@ -31,18 +41,22 @@ YOPO_DEVICE float shared_precision(float value) {  // what set_rounded expects
   return kPrecise ? value : bits_float(to_tf32(value));
 }
 
-template <bool kPrecise>
-YOPO_DEVICE void multiply_add(float (&d)[4], const Operand<kPrecise, 4>& a, const Operand<kPrecise, 2>& b) {
+template <bool kPrecise, bool kExact>
+YOPO_DEVICE void multiply_add(float (&d)[4], const Operand<kPrecise, 4, kExact>& a, const Operand<kPrecise, 2>& b) {
   if constexpr (kPrecise) {  // small terms first
-    mma_m16n8k8_tf32(d, a.low, b.high);
+    if constexpr (!kExact) mma_m16n8k8_tf32(d, a.low, b.high);
     mma_m16n8k8_tf32(d, a.high, b.low);
   }
   mma_m16n8k8_tf32(d, a.high, b.high);
 }
 
-// Costates a kernel is compiled for.
+// Costates a kernel is compiled for; kEither: bf16 or fp16, chosen at run time.
+enum class Format : int { kWide, kBFloat, kHalf, kEither };
+
 struct Wide {  // fp32
+  static constexpr Format kFormat = Format::kWide;
   static constexpr int kBytes = 4;
+  static constexpr bool kExact = false;  // in tf32
   static YOPO_DEVICE float load(const char* at, bool) {
     return bits_float(ld_stream(reinterpret_cast<const uint32_t*>(at)));
   }
@@ -59,20 +73,28 @@ struct Wide {  // fp32
   }
 };
 
-struct Narrow {  // bf16 or fp16, chosen at run time
+template <Format kFormat_>
+struct NarrowAs {  // bf16, fp16
+  static constexpr Format kFormat = kFormat_;
   static constexpr int kBytes = 2;
+  static constexpr bool kExact = true;
+  static YOPO_DEVICE bool is_half(bool half) { return kFormat == Format::kEither ? half : kFormat == Format::kHalf; }
   static YOPO_DEVICE float widen(uint16_t bits, bool half) {
-    return half ? float_from_half(bits) : float_from_bfloat(bits);
+    return is_half(half) ? float_from_half(bits) : float_from_bfloat(bits);
   }
   static YOPO_DEVICE uint16_t narrow(float value, bool half) {
-    return half ? half_from_float(value) : bfloat_from_float(value);
+    return is_half(half) ? half_from_float(value) : bfloat_from_float(value);
   }
   static YOPO_DEVICE float load(const char* at, bool half) {
     return widen(ld_stream(reinterpret_cast<const uint16_t*>(at)), half);
   }
   static YOPO_DEVICE void load_pair(const char* at, bool half, float& first, float& second) {
     const auto bits = ld_stream(reinterpret_cast<const uint32_t*>(at));
-    first = widen(uint16_t(bits), half), second = widen(uint16_t(bits >> 16), half);
+    if constexpr (kFormat == Format::kBFloat) {  // the upper half in place
+      first = bits_float(bits << 16), second = bits_float(bits & 0xFFFF0000u);
+    } else {
+      first = widen(uint16_t(bits), half), second = widen(uint16_t(bits >> 16), half);
+    }
   }
   static YOPO_DEVICE void store(char* at, bool half, float value) {
     st_stream(reinterpret_cast<uint16_t*>(at), narrow(value, half));
@@ -81,6 +103,10 @@ struct Narrow {  // bf16 or fp16, chosen at run time
     st_stream(reinterpret_cast<uint32_t*>(at), uint32_t(narrow(first, half)) | uint32_t(narrow(second, half)) << 16);
   }
 };
+
+using Narrow = NarrowAs<Format::kEither>;
+using BFloat = NarrowAs<Format::kBFloat>;
+using Half = NarrowAs<Format::kHalf>;
 
 template <Pairs kPairs>
 struct PairsAs {};

@@ -33,8 +33,8 @@ struct FusedBlock : FusedResults<V> {
   using Base::image, Base::y0, Base::y1, Base::o0, Base::o1, Base::u_top;
   using Base::kThreads, Base::kWarps, Base::kPrecise, Base::kRow, Base::kTiles, Base::kResultTiles;
   using Base::stride, Base::moves, Base::wants_sums, Base::wants_output, Base::constant, Base::pixels, Base::row_of;
-  using Base::take_tile, Base::load_input;
-  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load, Base::load_parameters;
+  using Base::take_tile, Base::load_input, Base::for_rows, Base::dilation_h, Base::dilation_w, Base::kKnown;
+  using Base::u_base, Base::image_of, Base::costate_offset, Base::normalised, Base::load_parameters, Base::image_in;
   using typename Base::Costate;
 
   // ---- 5) the projected step; u follows eta ----
@@ -48,18 +48,18 @@ struct FusedBlock : FusedResults<V> {
   template <bool kMask>
   YOPO_DEVICE void step_as(bool first, bool last) {
     const bool keeps_input = plan.mode == FusedMode::kResident && plan.u_rows > 0;
-    const int rows = y1 - y0;
-    for (int task = warp(); task < C * rows; task += kWarps) {  // the same elements for the same thread in every step
-      const int c = task / rows, y = y0 + task % rows;
+    const auto xs = image_in(static_cast<const float*>(p.x), p.x_strides);
+    const auto from = image_in(args.eta_from, args.eta_from_strides);
+    const auto to = image_in(args.eta_to, args.eta_to_strides);
+    for_rows(y1 - y0, [&](int c, int row) {  // the same elements for the same thread in every step
+      const int y = y0 + row;
       const float eps = constant(kEps, c), lo = constant(kLo, c), hi = constant(kHi, c), sigma = constant(kStepSize, c);
-      const float divisor = args.update.constants.present(kStd) ? constant(kStd, c) : 1.0f;
       for (int column = lane(); column < W; column += 32) {
         float& sum = g[(c * plan.g_rows + y - y0) * W + column];
-        const float gradient = sum / divisor, x = load(p.x, p.x_strides, c, y, column);
+        const float gradient = sum, x = xs.row(c, y)[column * xs.col_stride];  // std > 0 changes no sign
         sum = 0.0f;
-        float& target = args.eta_to[image * args.eta_to_strides[0] + c * args.eta_to_strides[1] +
-                                    y * args.eta_to_strides[2] + column * args.eta_to_strides[3]];
-        float eta = first ? load(args.eta_from, args.eta_from_strides, c, y, column) : target;
+        float& target = to.row(c, y)[column * to.col_stride];
+        float eta = first ? from.row(c, y)[column * from.col_stride] : target;
         const Interval<float> i = admissible_interval(x, eps, lo, hi);
         if constexpr (V::kAffine) {
           eta = linf_steps<kMask>(eta, gradient, i, sigma, args.steps);
@@ -76,18 +76,19 @@ struct FusedBlock : FusedResults<V> {
               normalised(kMask && !last ? clamp(value, lo, hi) : value, c);
         }
       }
-    }
+    });
   }
 
   YOPO_DEVICE void run() {
     load_parameters();
+    sync<27>();  // constants
     const int tiles = int(p.batch) * plan.tiles_per_image;
     for (int tile = block(); tile < tiles; tile += blocks()) {
       take_tile(tile);
       // A resident image with nothing to move still copies eta: one pass through step() without steps.
       const bool looping = plan.mode == FusedMode::kResident && !V::kAffine;
       if (plan.u_rows > 0 || plan.g_rows > 0) load_input(moves() && p.mask_start);
-      sync<24>();  // parameters, u and an empty g
+      sync<24>();  // u and an empty g
       if (moves()) {
         const int rounds = looping && args.steps > 1 ? args.steps : 1;
         for (int i = 0; i < rounds; ++i) {

@@ -20,7 +20,7 @@ struct FusedPlan {
   int tile_rows, tiles_per_image;
   int u_rows, u_cols, g_rows;  // the largest of any tile; 0: not kept
   // Offsets in floats from the start of shared memory.
-  int weight, bias, offsets, sums, u, g, exchange;
+  int weight, bias, offsets, constants, sums, u, g, exchange;
   int shared_bytes;
 };
 
@@ -51,6 +51,7 @@ constexpr FusedPlan plan_tile(const FusedShape& s, const TuningRow& row, FusedMo
   p.weight = at, at += round_up(s.kernels * row.weight_stride(), 32);
   p.bias = at, at += round_up(s.kernels, 32);
   p.offsets = at, at += round_up(row.columns(), 32);
+  p.constants = at, at += round_up(kConstants * s.channels, 32);
   const int used_columns = s.channels * s.rows * s.cols;
   p.sums = at, at += results && s.want_sums ? round_up(s.kernels * (used_columns + 1), 32) : 0;
   p.u = at, at += round_up(s.channels * p.u_rows * p.u_cols, 32);

@@ -18,11 +18,13 @@ struct FusedArgs {
   uint32_t out_width_reciprocal;  // ceil(2^32 / OW)
 };
 
-template <Compiled kActivation_, class Costate_, bool kPrecise_, int kRow_>
+template <Compiled kActivation_, class Costate_, bool kPrecise_, int kRow_, bool kKnown_>
 struct FusedTraits {
+  static constexpr bool kKnown = kKnown_;  // the geometry is the row's own
   static constexpr Compiled kActivation = kActivation_;
   static constexpr bool kAffine = kActivation == Compiled::kIdentity, kPrecise = kPrecise_;
   static constexpr TuningRow kRow = kTuningTable[kRow_];
+  static constexpr Geometry kGeometry = kKnownGeometry[kRow_];
   static constexpr int kThreads = kRow.threads, kWarps = kRow.warps();
   static constexpr int kTiles = kRow.tiles;
   // Transcendental slopes and threefold products need registers themselves, and the time to hide fewer loads.
@@ -32,20 +34,22 @@ struct FusedTraits {
   static constexpr int kUnroll = kTiles <= 4 ? kTiles : 2;            // of loops over columns that hold no accumulators
   static constexpr int kChunk = kActivation == Compiled::kAny ? 1 : kPrecise || !kAffine ? kRow.chunk / 2 : kRow.chunk;
   using Costate = Costate_;
+  static constexpr bool kExact = Costate::kExact && kActivation != Compiled::kAny;  // q in tf32: slopes are 0 and 1
 };
 
 template <class V>
 struct FusedTile {
   static constexpr int kThreads = V::kThreads, kWarps = V::kWarps;
-  static constexpr bool kPrecise = V::kPrecise;
+  static constexpr bool kPrecise = V::kPrecise, kKnown = V::kKnown;
   static constexpr TuningRow kRow = V::kRow;
+  static constexpr Geometry kGeometry = V::kGeometry;
   static constexpr int kTiles = V::kTiles, kResultTiles = V::kResultTiles;
   using Costate = typename V::Costate;
 
   const FusedArgs& args;
   const Params& p;
   const FusedPlan& plan;
-  float *weight, *bias, *sums, *u, *g, *exchange;
+  float *weight, *bias, *constants, *sums, *u, *g, *exchange;
   int* offsets;
   int C, H, W, K, OH, OW, R, S, columns;
   int group, member;  // lane / 4, lane % 4: where this lane sits in a fragment
@@ -57,31 +61,31 @@ struct FusedTile {
       : args(a),
         p(a.update.params),
         plan(a.plan),
-        C(int(p.channels)),
+        C(kKnown ? kGeometry.channels : int(p.channels)),
         H(int(p.height)),
         W(int(p.width)),
         K(int(p.kernels)),
         OH(int(p.out_height)),
         OW(int(p.out_width)),
-        R(int(p.rows)),
-        S(int(p.cols)),
+        R(kKnown ? kGeometry.rows : int(p.rows)),
+        S(kKnown ? kGeometry.cols : int(p.cols)),
         columns(C * R * S),
         group(lane() / 4),
         member(lane() % 4) {
     float* shared = reinterpret_cast<float*>(shared_memory());
     weight = shared + plan.weight, bias = shared + plan.bias, sums = shared + plan.sums;
-    u = shared + plan.u, g = shared + plan.g, exchange = shared + plan.exchange;
+    u = shared + plan.u, g = shared + plan.g, exchange = shared + plan.exchange, constants = shared + plan.constants;
     offsets = reinterpret_cast<int*>(shared + plan.offsets);
   }
 
-  YOPO_DEVICE int stride() const { return int(p.stride[0]); }  // the host took equal strides, 1 or 2
+  // the host took equal strides, 1 or 2
+  YOPO_DEVICE int stride() const { return kKnown ? kGeometry.stride : int(p.stride[0]); }
+  YOPO_DEVICE int dilation_h() const { return kKnown ? 1 : int(p.dilation[0]); }
+  YOPO_DEVICE int dilation_w() const { return kKnown ? 1 : int(p.dilation[1]); }
   YOPO_DEVICE bool moves() const { return plan.mode != FusedMode::kResults; }
   YOPO_DEVICE bool wants_sums() const { return plan.mode != FusedMode::kMove && args.update.partial.data != nullptr; }
   YOPO_DEVICE bool wants_output() const { return plan.mode != FusedMode::kMove && p.output != nullptr; }
-  template <class F>
-  YOPO_DEVICE float constant(F which, int c) const {
-    return args.update.constants.template get<float>(which, c);
-  }
+  YOPO_DEVICE float constant(Constant which, int c) const { return constants[which * C + c]; }
 
   // ---- 1) weights with the affine part folded in, offsets of the columns, empty sums ----
   YOPO_DEVICE void load_parameters() {
@@ -100,16 +104,20 @@ struct FusedTile {
     }
     for (int i = tid(); i < kRow.columns(); i += kThreads) {
       const int c = i / (R * S), r = i / S % R, s = i % S;
-      offsets[i] = i < columns ? (c * plan.u_rows + r * int(p.dilation[0])) * plan.u_cols + s * int(p.dilation[1]) : 0;
+      offsets[i] = i < columns ? (c * plan.u_rows + r * dilation_h()) * plan.u_cols + s * dilation_w() : 0;
+    }
+    for (int i = tid(); i < kConstants * C; i += kThreads) {
+      const Constant which = Constant(i / C);
+      constants[i] = args.update.constants.present(which) ? args.update.constants.get<float>(which, i % C) : 0.0f;
     }
     if (wants_sums())
       for (int i = tid(); i < K * (columns + 1); i += kThreads) sums[i] = 0.0f;
   }
 
   YOPO_DEVICE void take_tile(int tile) {
-    image = tile / plan.tiles_per_image;
-    const int first = tile % plan.tiles_per_image * plan.tile_rows;
-    const int extent = (R - 1) * int(p.dilation[0]), pad = int(p.padding[0]);
+    image = plan.mode == FusedMode::kResident ? tile : tile / plan.tiles_per_image;
+    const int first = int(tile - image * plan.tiles_per_image) * plan.tile_rows;
+    const int extent = (R - 1) * dilation_h(), pad = int(p.padding[0]);
     if (plan.mode == FusedMode::kResults) {
       y0 = y1 = 0;
       o0 = first, o1 = first + plan.tile_rows < OH ? first + plan.tile_rows : OH;
@@ -142,31 +150,53 @@ struct FusedTile {
     return row * costates.row_stride + (pixel - row * OW) * costates.col_stride;
   }
 
+  // f(c, row) for `rows` rows of every channel, a warp each; a warp meets the same rows every time. No division.
+  template <class F>
+  YOPO_DEVICE void for_rows(int rows, F&& f) const {
+    int c = 0;
+    for (int row = warp(); rows > 0; row += kWarps) {
+      while (row >= rows && c < C) row -= rows, ++c;
+      if (c >= C) break;
+      f(c, row);
+    }
+  }
+
   // ---- 2) u, zero outside the image; g empty ----
   YOPO_DEVICE float normalised(float v, int c) const {
     if (args.update.constants.present(kMean)) v = (v - constant(kMean, c)) / constant(kStd, c);
     return shared_precision<kPrecise>(v);
   }
-  YOPO_DEVICE float load(const void* data, const int64_t (&strides)[4], int c, int y, int x) const {
-    return static_cast<const float*>(data)[image * strides[0] + c * strides[1] + y * strides[2] + x * strides[3]];
+
+  // The tile's image in an array like x; the host checked that an image's offsets fit an int.
+  template <class T>
+  struct ImageOf {
+    T* first;
+    int channel_stride, row_stride, col_stride;
+    YOPO_DEVICE T* row(int c, int y) const { return first + (c * channel_stride + y * row_stride); }
+  };
+  template <class T>
+  YOPO_DEVICE ImageOf<T> image_in(T* data, const int64_t (&strides)[4]) const {
+    return {data + image * strides[0], int(strides[1]), int(strides[2]), int(strides[3])};
   }
 
   YOPO_DEVICE void load_input(bool clamped) {
+    const ImageOf<const float> xs = image_in(static_cast<const float*>(p.x), p.x_strides);
+    const ImageOf<const float> etas = image_in(args.eta_from, args.eta_from_strides);
     const bool border_only = V::kAffine && moves();  // step() writes the rest before anybody reads it
-    for (int task = warp(); task < C * plan.u_rows; task += kWarps) {
-      const int c = task / plan.u_rows, y = u_top + task % plan.u_rows;
+    for_rows(plan.u_rows, [&](int c, int row) {
+      const int y = u_top + row;
       const float lo = constant(kLo, c), hi = constant(kHi, c);
       for (int column = lane(); column < plan.u_cols; column += 32) {
         const int x = column - int(p.padding[1]);
         float value = 0.0f;
         if (!border_only && y >= 0 && y < H && x >= 0 && x < W) {
-          value = load(p.x, p.x_strides, c, y, x) + load(args.eta_from, args.eta_from_strides, c, y, x);
+          value = xs.row(c, y)[x * xs.col_stride] + etas.row(c, y)[x * etas.col_stride];
           if (clamped) value = clamp(value, lo, hi);
           value = normalised(value, c);
         }
-        u[task * plan.u_cols + column] = value;
+        u[(c * plan.u_rows + row) * plan.u_cols + column] = value;
       }
-    }
+    });
     for (int i = tid(); i < C * plan.g_rows * W; i += kThreads) g[i] = 0.0f;
   }
 };

@@ -53,6 +53,14 @@ Status launch_general(const UpdateArgs& args, int blocks, CudaStream stream) {
   return launch(general_kernel<float>, args, blocks, kGeneralThreads, kGeneralSharedBytes, stream);
 }
 
+Status prepare_general() {
+  Status status = prepare(general_kernel<float>);
+  if (status.ok()) status = prepare(general_kernel<double>);
+  if (status.ok()) status = prepare(reduce_kernel<float>);
+  if (status.ok()) status = prepare(reduce_kernel<double>);
+  return status.ok() ? prepare(constants_kernel) : status;
+}
+
 Status launch_reduce(const UpdateArgs& args, CudaStream stream) {
   if (args.params.compute == DType::kFloat64)
     return launch(reduce_kernel<double>, args, int(args.params.kernels), kReduceThreads, kReduceSharedBytes, stream);

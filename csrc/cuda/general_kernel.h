@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "core/projection.h"
 #include "cuda/any_activation.h"
@@ -53,59 +54,98 @@ struct GeneralImage {
   YOPO_DEVICE T eta_in(int c, int y, int x) const { return static_cast<const T*>(p.eta)[at(p.eta_strides, c, y, x)]; }
   YOPO_DEVICE T& eta(int c, int y, int x) const { return static_cast<T*>(p.eta_out)[at(p.eta_out_strides, c, y, x)]; }
   YOPO_DEVICE T parameter(const void* values, int i) const { return static_cast<const T*>(values)[i]; }
-  YOPO_DEVICE T weight(int k, int c, int r, int s) const {
-    return static_cast<const T*>(p.weight)[((int64_t(k) * group_channels + c) * R + r) * S + s];
+  // One image's q, typed: the costate itself where f0 is affine, else the workspace's.
+  template <class Element>
+  struct Costates {
+    const Element* first;
+    int64_t kernel_stride, row_stride, col_stride;
+    YOPO_DEVICE const Element* at(int k, int oy, int ox) const {
+      return first + (k * kernel_stride + oy * row_stride + ox * col_stride);
+    }
+  };
+  // f(the costates p), and f(q)
+  template <class F>
+  YOPO_DEVICE void with_costates(F&& f) const {
+    with_dtype(p.costate, p.costate_dtype, [&](auto* data) {
+      const int64_t (&s)[4] = p.costate_strides;
+      f(Costates<std::remove_const_t<std::remove_pointer_t<decltype(data)>>>{data + image * s[0], s[1], s[2], s[3]});
+    });
   }
-  YOPO_DEVICE T costate(int k, int oy, int ox) const {
-    return load_as<T>(p.costate, p.costate_dtype, at(p.costate_strides, k, oy, ox));
-  }
-  YOPO_DEVICE T q_at(int k, int oy, int ox) const {  // affine: q is p
-    return p.affine() ? costate(k, oy, ox) : q[(int64_t(k) * OH + oy) * OW + ox];
+  template <class F>
+  YOPO_DEVICE void with_q(F&& f) const {
+    if (p.affine()) return with_costates(f);
+    f(Costates<T>{q, int64_t(OH) * OW, OW, 1});
   }
   YOPO_DEVICE Interval<T> interval(int c, int y, int x, T eps) const {
     return admissible_interval(x_at(c, y, x), eps, args.constants.get<T>(kLo, c), args.constants.get<T>(kHi, c));
   }
 
-  // The normalised input; zero outside the image.
-  YOPO_DEVICE T u(int c, int y, int x) const {
-    if (y < 0 || y >= H || x < 0 || x >= W) return T(0);
-    T v = x_at(c, y, x) + eta(c, y, x);
+  // The normalised input at x + eta; both as they lie.
+  YOPO_DEVICE T u(T x, T eta, int c) const {
+    T v = x + eta;
     if (clamp_input) v = clamp(v, args.constants.get<T>(kLo, c), args.constants.get<T>(kHi, c));
     if (args.constants.present(kMean)) v = (v - args.constants.get<T>(kMean, c)) / args.constants.get<T>(kStd, c);
     return v;
   }
 
+  // A row of the input, for pointers that walk along it.
+  struct Row {
+    const T *x, *eta;
+    int64_t x_stride, eta_stride;
+  };
+  YOPO_DEVICE Row row(int c, int y) const {
+    return {static_cast<const T*>(p.x) + at(p.x_strides, c, y, 0),
+            static_cast<const T*>(p.eta_out) + at(p.eta_out_strides, c, y, 0), p.x_strides[3], p.eta_out_strides[3]};
+  }
+
   // scale * conv2d(u) + shift
   YOPO_DEVICE T preactivation(int k, int oy, int ox) const {
     const int first = k / group_kernels * group_channels;
+    const int y0 = int(oy * p.stride[0] - p.padding[0]), x0 = int(ox * p.stride[1] - p.padding[1]);
+    const int step = int(p.dilation[1]);
+    const T* weights = static_cast<const T*>(p.weight) + int64_t(k) * group_channels * R * S;
     T z = T(0);
     for (int c = 0; c < group_channels; ++c)
-      for (int r = 0; r < R; ++r)
-        for (int s = 0; s < S; ++s)
-          z += weight(k, c, r, s) * u(first + c, int(oy * p.stride[0] - p.padding[0] + r * p.dilation[0]),
-                                      int(ox * p.stride[1] - p.padding[1] + s * p.dilation[1]));
+      for (int r = 0; r < R; ++r) {
+        const int y = y0 + r * int(p.dilation[0]);
+        if (y < 0 || y >= H) continue;
+        const Row in = row(first + c, y);
+        const T* w = weights + (c * R + r) * S;
+        for (int s = 0, x = x0; s < S; ++s, x += step)
+          if (x >= 0 && x < W) z += w[s] * u(in.x[x * in.x_stride], in.eta[x * in.eta_stride], first + c);
+      }
     if (p.bias) z += parameter(p.bias, k);
     if (p.scale) z *= parameter(p.scale, k);
     if (p.shift) z += parameter(p.shift, k);
     return z;
   }
 
-  // d<p, f0(u)> / du at one element.
-  YOPO_DEVICE T gradient(int c, int y, int x) const {
-    const int group = c / group_channels;
+  // d<p, f0(u)> / du at one element: taps outside, kernels inside, so that a position is found once and not per kernel.
+  template <class Q>
+  YOPO_DEVICE T gradient(const Q& costates, int c, int y, int x) const {
+    const int k0 = c / group_channels * group_kernels, in = c % group_channels;
+    const int64_t next_weight = int64_t(group_channels) * R * S;
+    const T* weights = static_cast<const T*>(p.weight) + k0 * next_weight + int64_t(in) * R * S;
+    const T* scale = p.scale ? static_cast<const T*>(p.scale) + k0 : nullptr;
     T sum = T(0);
-    for (int k = group * group_kernels; k < (group + 1) * group_kernels; ++k) {
-      T part = T(0);
-      for (int r = 0; r < R; ++r) {
-        const int ty = int(y + p.padding[0] - r * p.dilation[0]), oy = ty / int(p.stride[0]);
-        if (ty < 0 || oy * p.stride[0] != ty || oy >= OH) continue;
-        for (int s = 0; s < S; ++s) {
-          const int tx = int(x + p.padding[1] - s * p.dilation[1]), ox = tx / int(p.stride[1]);
-          if (tx < 0 || ox * p.stride[1] != tx || ox >= OW) continue;
-          part += q_at(k, oy, ox) * weight(k, c - group * group_channels, r, s);
+    for (int r = 0; r < R; ++r) {
+      const int ty = int(y + p.padding[0] - r * p.dilation[0]), oy = ty / int(p.stride[0]);
+      if (ty < 0 || oy * p.stride[0] != ty || oy >= OH) continue;
+      for (int s = 0; s < S; ++s) {
+        const int tx = int(x + p.padding[1] - s * p.dilation[1]), ox = tx / int(p.stride[1]);
+        if (tx < 0 || ox * p.stride[1] != tx || ox >= OW) continue;
+        auto* q = costates.at(k0, oy, ox);
+        const T* w = weights + r * S + s;
+        T part = T(0);
+        if (scale != nullptr) {
+          for (int k = 0; k < group_kernels; ++k, q += costates.kernel_stride, w += next_weight)
+            part += T(load_element(q)) * (*w * scale[k]);
+        } else {
+          for (int k = 0; k < group_kernels; ++k, q += costates.kernel_stride, w += next_weight)
+            part += T(load_element(q)) * *w;
         }
+        sum += part;
       }
-      sum += p.scale ? part * parameter(p.scale, k) : part;
     }
     return args.constants.present(kStd) ? sum / args.constants.get<T>(kStd, c) : sum;
   }
@@ -124,23 +164,34 @@ struct GeneralImage {
 
   // q = p * act'(z), everywhere; optionally y = act(z)
   YOPO_DEVICE void run_forward(bool want_q, bool want_output) const {
-    for_outputs([&](int k, int oy, int ox, int64_t i) {
-      const T z = preactivation(k, oy, ox), slope = T(p.negative_slope);
-      if (want_output)
-        store_as<T>(p.output, p.costate_dtype, at(p.output_strides, k, oy, ox),
-                    activation_value(p.activation, z, slope));
-      if (want_q) q[i] = costate(k, oy, ox) * activation_slope(p.activation, z, slope);
+    with_costates([&](const auto& costates) {
+      for_outputs([&](int k, int oy, int ox, int64_t i) {
+        const T z = preactivation(k, oy, ox), slope = T(p.negative_slope);
+        if (want_output)
+          store_as<T>(p.output, p.costate_dtype, at(p.output_strides, k, oy, ox),
+                      activation_value(p.activation, z, slope));
+        if (want_q) q[i] = T(load_element(costates.at(k, oy, ox))) * activation_slope(p.activation, z, slope);
+      });
+    });
+  }
+
+  // g, everywhere
+  YOPO_DEVICE void run_gradient() const {
+    with_q([&](const auto& costates) {
+      for_inputs([&](int c, int y, int x, int64_t i) { g[i] = gradient(costates, c, y, x); });
     });
   }
 
   // One L-inf step, or for an affine f0 all of them; kMask: the first is masked.
   template <bool kMask>
   YOPO_DEVICE void step_linf(long steps) const {
-    for_inputs([&](int c, int y, int x, int64_t) {
-      const T sigma = args.constants.get<T>(kStepSize, c);
-      const Interval<T> i = interval(c, y, x, args.constants.get<T>(kEps, c));
-      const T grad = gradient(c, y, x), old = eta(c, y, x);
-      eta(c, y, x) = linf_steps<kMask>(old, grad, i, sigma, steps);
+    with_q([&](const auto& costates) {
+      for_inputs([&](int c, int y, int x, int64_t) {
+        const T sigma = args.constants.get<T>(kStepSize, c);
+        const Interval<T> i = interval(c, y, x, args.constants.get<T>(kEps, c));
+        const T grad = gradient(costates, c, y, x);
+        eta(c, y, x) = linf_steps<kMask>(eta(c, y, x), grad, i, sigma, steps);
+      });
     });
   }
 
@@ -196,23 +247,32 @@ struct GeneralImage {
   YOPO_DEVICE void add_partial_sums(bool first_image) const {
     const int columns = args.partial.columns;
     T* partial = static_cast<T*>(args.partial.data) + block() * int64_t(K) * (columns + 1);
-    for (int64_t i = tid(); i < int64_t(K) * (columns + 1); i += size()) {
-      const int k = int(i / (columns + 1)), column = int(i % (columns + 1));
-      const int c = column / (R * S), r = column / S % R, s = column % S;
-      const int input = k / group_kernels * group_channels + c;
-      T sum = first_image ? T(0) : partial[i];
-      for (int oy = 0; oy < OH; ++oy) {
-        T row = T(0);
-        for (int ox = 0; ox < OW; ++ox) {
-          const T value = q_at(k, oy, ox);
-          row += column == columns ? value
-                                   : value * u(input, int(oy * p.stride[0] - p.padding[0] + r * p.dilation[0]),
-                                               int(ox * p.stride[1] - p.padding[1] + s * p.dilation[1]));
-        }
-        sum += row;
+    with_q([&](const auto& costates) {
+      for (int64_t i = tid(); i < int64_t(K) * (columns + 1); i += size()) {
+        const int k = int(i / (columns + 1)), column = int(i % (columns + 1));
+        T sum = first_image ? T(0) : partial[i];
+        for (int oy = 0; oy < OH; ++oy) sum += sum_of_row(costates, k, column, oy);
+        partial[i] = sum;
       }
-      partial[i] = sum;
+    });
+  }
+
+  // sum q * u over a row of outputs; the last column sums q itself
+  template <class Q>
+  YOPO_DEVICE T sum_of_row(const Q& costates, int k, int column, int oy) const {
+    T sum = T(0);
+    auto* value = costates.at(k, oy, 0);
+    if (column == args.partial.columns) {
+      for (int ox = 0; ox < OW; ++ox, value += costates.col_stride) sum += T(load_element(value));
+      return sum;
     }
+    const int c = k / group_kernels * group_channels + column / (R * S), r = column / S % R, s = column % S;
+    const int y = int(oy * p.stride[0] - p.padding[0] + r * p.dilation[0]), step = int(p.stride[1]);
+    if (y < 0 || y >= H) return sum;
+    const Row in = row(c, y);
+    for (int ox = 0, x = int(s * p.dilation[1] - p.padding[1]); ox < OW; ++ox, x += step, value += costates.col_stride)
+      if (x >= 0 && x < W) sum += T(load_element(value)) * u(in.x[x * in.x_stride], in.eta[x * in.eta_stride], c);
+    return sum;
   }
 };
 
@@ -242,8 +302,7 @@ __global__ void __launch_bounds__(kGeneralThreads) general_kernel(const __grid_c
         if (p.norm == Norm::kLinf) {
           masks ? image.template step_linf<true>(1) : image.template step_linf<false>(1);
         } else {
-          if (step == 0 || !p.affine())
-            image.for_inputs([&](int c, int y, int x, int64_t i) { image.g[i] = image.gradient(c, y, x); });
+          if (step == 0 || !p.affine()) image.run_gradient();
           if (masks) {
             image.template step_l2<true>(true, norms, scratch);
           } else {

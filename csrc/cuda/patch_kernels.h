@@ -19,83 +19,122 @@ constexpr int kPatchThreads = 256;
 struct PatchArgs {
   UpdateArgs update;
   PatchMatrices matrices;
+  uint32_t cols_reciprocal;  // ceil(2^32 / cols), where cols > 1
 };
 
-// Element (row, column) of the matrices that element (c, y, x) of image b lies in; -1: in no patch.
-YOPO_DEVICE int64_t patch_index(const Params& p, int64_t b, int c, int y, int x) {
-  const int oy = y / int(p.rows), ox = x / int(p.cols);
-  if (oy >= p.out_height || ox >= p.out_width) return -1;
-  const int64_t row = (b * p.out_height + oy) * p.out_width + ox;
-  return (row * p.channels + c) * p.rows * p.cols + (y - oy * p.rows) * p.cols + (x - ox * p.cols);
+// Tasks are rows, one warp each: indices are divided once a row, and fit 32 bits (`takes_patches` checks).
+YOPO_DEVICE unsigned first_row() { return unsigned(block()) * (kPatchThreads / 32) + warp(); }
+YOPO_DEVICE unsigned row_step() { return unsigned(blocks()) * (kPatchThreads / 32); }
+
+// f(a pointer to elements of the matrices): the dtype is chosen once, not per element.
+template <class F>
+YOPO_DEVICE void with_matrix(const void* data, DType dtype, F&& f) {
+  if (dtype == DType::kFloat32) return f(static_cast<const float*>(data));
+  f(static_cast<const BFloat16*>(data));
+}
+YOPO_DEVICE void store_element(float* at, float value) { st_stream(at, value); }
+YOPO_DEVICE void store_element(BFloat16* at, float value) {
+  st_stream(reinterpret_cast<uint16_t*>(at), bfloat_from_float(value));
 }
 
-YOPO_DEVICE int64_t grid_index() { return int64_t(block()) * kPatchThreads + tid(); }
-YOPO_DEVICE int64_t grid_step() { return int64_t(blocks()) * kPatchThreads; }
+// One row y of channel c of image b.
+template <bool kMask, class Element>
+YOPO_DEVICE void patch_step_row(const PatchArgs& args, const Element* gradients, unsigned b, unsigned c, unsigned y) {
+  const Params& p = args.update.params;
+  const ConstantTable& constants = args.update.constants;
+  const unsigned W = unsigned(p.width), R = unsigned(p.rows), S = unsigned(p.cols), C = unsigned(p.channels);
+  const unsigned OW = unsigned(p.out_width), patch_row = y / R;
+  auto row_of = [&](auto* data, const int64_t (&s)[4]) { return data + (b * s[0] + c * s[1] + y * s[2]); };
+  const float* x = row_of(static_cast<const float*>(p.x), p.x_strides);
+  const float* from = row_of(static_cast<const float*>(p.eta), p.eta_strides);
+  float* to = row_of(static_cast<float*>(p.eta_out), p.eta_out_strides);
+  const int x_stride = int(p.x_strides[3]), from_stride = int(p.eta_strides[3]), to_stride = int(p.eta_out_strides[3]);
+  const float eps = constants.get<float>(kEps, c), lo = constants.get<float>(kLo, c), hi = constants.get<float>(kHi, c);
+  const float sigma = constants.get<float>(kStepSize, c);
+  const bool normalises = constants.present(kMean);
+  const float mean = normalises ? constants.get<float>(kMean, c) : 0.0f;
+  const float deviation = normalises ? constants.get<float>(kStd, c) : 1.0f;
+  // Element (c, y, column) lies in the matrices at `base + column + column / S * jump`, where it lies in a patch.
+  const bool inside = patch_row < unsigned(p.out_height);
+  const unsigned base = ((b * unsigned(p.out_height) + patch_row) * OW * C + c) * R * S + (y - patch_row * R) * S;
+  const unsigned jump = (C * R - 1) * S;
+  Element* patches = static_cast<Element*>(args.matrices.patches);
+  for (unsigned column = lane(); column < W; column += 32) {
+    const unsigned patch = S == 1 ? column : multiply_high(column, args.cols_reciprocal),
+                   index = base + column + patch * jump;
+    const bool in_patch = inside && patch < OW;
+    const float pixel = x[int(column) * x_stride];
+    const float gradient = in_patch ? load_element(gradients + index) : 0.0f;  // (std > 0 changes no sign)
+    const float eta = linf_steps<kMask>(from[int(column) * from_stride], gradient,
+                                        admissible_interval(pixel, eps, lo, hi), sigma, long(p.steps));
+    to[int(column) * to_stride] = eta;
+    if (!in_patch || patches == nullptr) continue;
+    float u = pixel + eta;
+    if (normalises) u = (u - mean) / deviation;
+    store_element(patches + index, u);
+  }
+}
 
 template <bool kMask>
 YOPO_DEVICE void patch_steps(const PatchArgs& args) {
   const Params& p = args.update.params;
-  const ConstantTable& constants = args.update.constants;
-  const int64_t count = p.batch * p.channels * p.height * p.width;
-  for (int64_t i = grid_index(); i < count; i += grid_step()) {
-    const int x = int(i % p.width), y = int(i / p.width % p.height), c = int(i / (p.width * p.height) % p.channels);
-    const int64_t b = i / (p.width * p.height * p.channels);
-    auto at = [&](const int64_t (&s)[4]) { return b * s[0] + c * s[1] + y * s[2] + x * s[3]; };
-    const float pixel = static_cast<const float*>(p.x)[at(p.x_strides)];
-    const int64_t index = patch_index(p, b, c, y, x);
-    float gradient = index < 0 ? 0.0f : load_as<float>(args.matrices.gradient, args.matrices.dtype, index);
-    if (constants.present(kStd)) gradient /= constants.get<float>(kStd, c);
-    const Interval<float> box = admissible_interval(pixel, constants.get<float>(kEps, c), constants.get<float>(kLo, c),
-                                                    constants.get<float>(kHi, c));
-    const float eta = linf_steps<kMask>(static_cast<const float*>(p.eta)[at(p.eta_strides)], gradient, box,
-                                        constants.get<float>(kStepSize, c), long(p.steps));
-    static_cast<float*>(p.eta_out)[at(p.eta_out_strides)] = eta;
-    if (index < 0 || args.matrices.patches == nullptr) continue;
-    float u = pixel + eta;
-    if (constants.present(kMean)) u = (u - constants.get<float>(kMean, c)) / constants.get<float>(kStd, c);
-    store_as<float>(args.matrices.patches, args.matrices.dtype, index, u);
-  }
+  const unsigned C = unsigned(p.channels), H = unsigned(p.height), rows = unsigned(p.batch) * C * H;
+  with_matrix(args.matrices.gradient, args.matrices.dtype, [&](auto* gradients) {
+    for (unsigned row = first_row(); row < rows; row += row_step()) {
+      const unsigned plane = row / H, b = plane / C;
+      patch_step_row<kMask>(args, gradients, b, plane - b * C, row - plane * H);
+    }
+  });
 }
 
 __global__ void __launch_bounds__(kPatchThreads) patch_step_kernel(const __grid_constant__ PatchArgs args) {
   args.update.params.mask_start ? patch_steps<true>(args) : patch_steps<false>(args);
 }
 
+// One pixel's outputs per warp, in the product's order.
 __global__ void __launch_bounds__(kPatchThreads) patch_output_kernel(const __grid_constant__ PatchArgs args) {
   const Params& p = args.update.params;
-  const int64_t pixels = p.out_height * p.out_width;
-  for (int64_t i = grid_index(); i < p.batch * pixels * p.kernels; i += grid_step()) {  // in the product's order
-    const int64_t k = i % p.kernels, b = i / p.kernels / pixels, pixel = i / p.kernels % pixels;
-    float bias = p.bias ? static_cast<const float*>(p.bias)[k] : 0.0f;
-    if (p.scale) bias *= static_cast<const float*>(p.scale)[k];
-    if (p.shift) bias += static_cast<const float*>(p.shift)[k];
-    const int64_t to = b * p.output_strides[0] + k * p.output_strides[1] + pixel / p.out_width * p.output_strides[2] +
-                       pixel % p.out_width * p.output_strides[3];
-    store_as<float>(p.output, p.costate_dtype, to,
-                    load_as<float>(args.matrices.product, args.matrices.dtype, i) + bias);
-  }
+  const unsigned pixels = unsigned(p.out_height * p.out_width), OW = unsigned(p.out_width), K = unsigned(p.kernels);
+  const float *bias = static_cast<const float*>(p.bias), *scale = static_cast<const float*>(p.scale);
+  const float* shift = static_cast<const float*>(p.shift);
+  with_matrix(args.matrices.product, args.matrices.dtype, [&](auto* product) {
+    for (unsigned row = first_row(); row < unsigned(p.batch) * pixels; row += row_step()) {
+      const unsigned b = row / pixels, pixel = row - b * pixels, oy = pixel / OW;
+      const int64_t to = b * p.output_strides[0] + oy * p.output_strides[2] + (pixel - oy * OW) * p.output_strides[3];
+      for (unsigned k = lane(); k < K; k += 32) {
+        float value = bias ? bias[k] : 0.0f;
+        if (scale) value *= scale[k];
+        if (shift) value += shift[k];
+        value += load_element(product + row * K + k);
+        store_as<float>(p.output, p.costate_dtype, to + k * p.output_strides[1], value);
+      }
+    }
+  });
 }
 
-// D and the costate's sums as the one partial sum of `reduce_kernel`.
+// D and the costate's sums as the one partial sum of `reduce_kernel`; a kernel per warp.
 __global__ void __launch_bounds__(kPatchThreads) patch_sums_kernel(const __grid_constant__ PatchArgs args) {
   const Params& p = args.update.params;
-  const int columns = args.update.partial.columns;
-  for (int64_t i = grid_index(); i < p.kernels * (columns + 1); i += grid_step()) {
-    const int64_t k = i / (columns + 1), column = i % (columns + 1);
-    static_cast<float*>(args.update.partial.data)[i] =
-        column == columns ? static_cast<const float*>(args.matrices.costate_sums)[k]
-                          : load_as<float>(args.matrices.weight_sums, args.matrices.dtype, k * columns + column);
-  }
+  const unsigned columns = unsigned(args.update.partial.columns);
+  float* sums = static_cast<float*>(args.update.partial.data);
+  with_matrix(args.matrices.weight_sums, args.matrices.dtype, [&](auto* products) {
+    for (unsigned k = first_row(); k < unsigned(p.kernels); k += row_step())
+      for (unsigned column = lane(); column <= columns; column += 32)
+        sums[k * (columns + 1) + column] = column == columns ? static_cast<const float*>(args.matrices.costate_sums)[k]
+                                                             : load_element(products + k * columns + column);
+  });
 }
 
-// W with the per-channel scale folded in, in the products' dtype.
+// W with the per-channel scale folded in, in the products' dtype; a kernel per warp.
 __global__ void __launch_bounds__(kPatchThreads) patch_weight_kernel(const __grid_constant__ PatchArgs args) {
   const Params& p = args.update.params;
-  const int columns = args.update.partial.columns;
-  for (int64_t i = grid_index(); i < p.kernels * columns; i += grid_step()) {
-    const float w = static_cast<const float*>(p.weight)[i];
-    store_as<float>(args.matrices.weight, args.matrices.dtype, i,
-                    p.scale ? w * static_cast<const float*>(p.scale)[i / columns] : w);
+  const unsigned columns = unsigned(args.update.partial.columns);
+  const float* weight = static_cast<const float*>(p.weight);
+  for (unsigned k = first_row(); k < unsigned(p.kernels); k += row_step()) {
+    const float scale = p.scale ? static_cast<const float*>(p.scale)[k] : 1.0f;
+    for (unsigned column = lane(); column < columns; column += 32)
+      store_as<float>(args.matrices.weight, args.matrices.dtype, k * columns + column,
+                      weight[k * columns + column] * scale);
   }
 }
 

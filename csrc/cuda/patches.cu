@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <cstdlib>
+#include <initializer_list>
+
 #include "cuda/patch_kernels.h"
 #include "cuda/reduce_kernel.h"
 #include "cuda/select.h"
@@ -17,24 +21,41 @@ PatchArgs args_of(const Params& p, const PatchMatrices& matrices, void* workspac
   a.update.params = p;
   a.update.partial = {workspace, 1, int(p.channels * p.rows * p.cols)};
   a.matrices = matrices;
+  a.cols_reciprocal = uint32_t(((uint64_t(1) << 32) + p.cols - 1) / p.cols);
   return a;
 }
 
-Status over(void (*kernel)(PatchArgs), const PatchArgs& args, int64_t elements, CudaStream stream) {
-  const int64_t blocks = (elements + kPatchThreads - 1) / kPatchThreads,
-                most = int64_t(device_limits().processors) * 16;
+// A warp per row.
+Status over(void (*kernel)(PatchArgs), const PatchArgs& args, int64_t rows, CudaStream stream) {
+  constexpr int kRows = kPatchThreads / 32;
+  const int64_t blocks = (rows + kRows - 1) / kRows, most = int64_t(device_limits().processors) * 16;
   return launch(kernel, args, int(blocks < most ? blocks : most), kPatchThreads, 0, stream);
 }
 
 }  // namespace
+
+Status prepare_patches() {
+  for (auto* kernel : {patch_step_kernel, patch_output_kernel, patch_sums_kernel, patch_weight_kernel}) {
+    const Status status = prepare(kernel);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
 }  // namespace cuda
 
 bool takes_patches(const Params& p) {
+  constexpr int64_t kMost = 0x7FFFFFFF;
   const bool patches = p.rows == p.stride[0] && p.cols == p.stride[1] && p.padding[0] == 0 && p.padding[1] == 0 &&
                        p.dilation[0] == 1 && p.dilation[1] == 1 && p.groups == 1;
-  return patches && p.affine() && p.norm == Norm::kLinf && p.compute == DType::kFloat32 &&
-         p.costate_dtype != DType::kFloat64 && p.channels * p.rows * p.cols >= 32 &&
-         cuda::select_kernel(p, cuda::device_limits()).general();
+  const int64_t pixels = p.batch * p.out_height * p.out_width, columns = p.channels * p.rows * p.cols;
+  int64_t row_span = p.cols;  // the reciprocal of `cols` is exact for columns whose product with it fits 32 bits
+  for (const auto* strides : {&p.x_strides, &p.eta_strides, &p.eta_out_strides})
+    row_span = std::max(row_span, std::abs((*strides)[3]));
+  const bool indexed = pixels * columns <= kMost && pixels * p.kernels <= kMost && p.kernels * (columns + 1) <= kMost &&
+                       p.batch * p.channels * p.height <= kMost && p.width * row_span <= kMost;
+  return patches && indexed && p.affine() && p.norm == Norm::kLinf && p.compute == DType::kFloat32 &&
+         p.costate_dtype != DType::kFloat64 && columns >= 32 && cuda::select_kernel(p, cuda::device_limits()).general();
 }
 
 int64_t patch_workspace(const Params& p) {
@@ -42,8 +63,10 @@ int64_t patch_workspace(const Params& p) {
 }
 
 Status patch_weight(const Params& p, const PatchMatrices& m, CudaStream stream) {
+  const Status status = cuda::prepare_device();  // of the update: this is its first launch
+  if (!status.ok()) return status;
   const cuda::PatchArgs args = cuda::args_of(p, m, nullptr);
-  return cuda::over(cuda::patch_weight_kernel, args, p.kernels * args.update.partial.columns, stream);
+  return cuda::over(cuda::patch_weight_kernel, args, p.kernels, stream);
 }
 
 Status patch_step(const Params& p, const PatchMatrices& m, void* workspace, CudaStream stream) {
@@ -51,18 +74,17 @@ Status patch_step(const Params& p, const PatchMatrices& m, void* workspace, Cuda
   const Status status = cuda::prepare_constants(p, static_cast<char*>(workspace) + cuda::constants_offset(p),
                                                 args.update.constants, stream);
   if (!status.ok()) return status;
-  return cuda::over(cuda::patch_step_kernel, args, p.batch * p.channels * p.height * p.width, stream);
+  return cuda::over(cuda::patch_step_kernel, args, p.batch * p.channels * p.height, stream);
 }
 
 Status patch_output(const Params& p, const PatchMatrices& m, CudaStream stream) {
-  return cuda::over(cuda::patch_output_kernel, cuda::args_of(p, m, nullptr),
-                    p.batch * p.kernels * p.out_height * p.out_width, stream);
+  return cuda::over(cuda::patch_output_kernel, cuda::args_of(p, m, nullptr), p.batch * p.out_height * p.out_width,
+                    stream);
 }
 
 Status patch_sums(const Params& p, const PatchMatrices& m, void* workspace, CudaStream stream) {
   const cuda::PatchArgs args = cuda::args_of(p, m, workspace);
-  const Status status =
-      cuda::over(cuda::patch_sums_kernel, args, p.kernels * (args.update.partial.columns + 1), stream);
+  const Status status = cuda::over(cuda::patch_sums_kernel, args, p.kernels, stream);
   return status.ok() ? cuda::launch_reduce(args.update, stream) : status;
 }
 

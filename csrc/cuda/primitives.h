@@ -40,9 +40,16 @@ YOPO_DEVICE T shfl_xor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
 
+// An operand of mma, which leaves out the low 13 bits: half of their range is added, so that what is left is rounded to
+// nearest. NaN and infinity stay: adding would carry the device's NaN, 0x7FFFFFFF, into the sign.
 YOPO_DEVICE uint32_t to_tf32(float value) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  uint32_t bits = __float_as_uint(value);
+  asm("{ .reg .pred finite; .reg .f32 size;\n"
+      "abs.f32 size, %1;\n"
+      "setp.lt.f32 finite, size, 0f7F800000;\n"
+      "@finite add.u32 %0, %0, 0x1000; }"
+      : "+r"(bits)
+      : "f"(value));
   return bits;
 }
 
@@ -92,14 +99,34 @@ inline DeviceLimits device_limits() {  // of the current device; attributes are 
   return limits;
 }
 
+inline int current_device() {
+  int device = 0;
+  return cudaGetDevice(&device) == cudaSuccess ? device : -1;
+}
+
+// While one lives, this thread may make calls that a graph capture would otherwise forbid.
+struct RelaxedCapture {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode); }
+};
+
+// Loads a kernel onto the current device and lets it have all the shared memory that a block may opt in to.
+template <class Args>
+inline Status prepare(void (*kernel)(Args)) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes attributes;
+  cudaError_t e = cudaFuncGetAttributes(&attributes, function);
+  if (e == cudaSuccess)
+    e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             device_limits().shared_bytes_per_block - int(attributes.sharedSizeBytes));
+  return {e == cudaSuccess ? nullptr : cudaGetErrorString(e)};
+}
+
+// The kernel is prepared.
 template <class Args>
 inline Status launch(void (*kernel)(Args), const Args& args, int blocks, int threads, int shared_bytes,
                      CudaStream stream) {
-  if (shared_bytes > 48 * 1024) {  // needs an opt-in, once per kernel and device; cheap enough to repeat
-    const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (e != cudaSuccess) return {cudaGetErrorString(e)};
-  }
   void* arguments[] = {const_cast<Args*>(&args)};
   const cudaError_t e =
       cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)), dim3(unsigned(threads)),

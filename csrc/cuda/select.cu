@@ -16,8 +16,16 @@ bool wants_sums(const Params& p) {
 
 int64_t columns_of(const Params& p) { return p.channels / p.groups * p.rows * p.cols; }
 
-int64_t span(const int64_t (&strides)[4], const Params& p) {  // elements of one image, as far as an int must reach
-  return std::abs(strides[1]) * p.kernels + std::abs(strides[2]) * p.out_height + std::abs(strides[3]) * p.out_width;
+// Elements of one image, as far as an int must reach.
+int64_t span(const int64_t (&strides)[4], int64_t channels, int64_t height, int64_t width) {
+  return std::abs(strides[1]) * channels + std::abs(strides[2]) * height + std::abs(strides[3]) * width;
+}
+int64_t costate_span(const int64_t (&strides)[4], const Params& p) {
+  return span(strides, p.kernels, p.out_height, p.out_width);
+}
+int64_t input_span(const Params& p) {
+  return std::max({span(p.x_strides, p.channels, p.height, p.width), span(p.eta_strides, p.channels, p.height, p.width),
+                   span(p.eta_out_strides, p.channels, p.height, p.width)});
 }
 
 const char* why_no_fused_kernel(const Params& p) {
@@ -31,8 +39,9 @@ const char* why_no_fused_kernel(const Params& p) {
   if (columns_of(p) + 1 > kTuningTable[kTuningRows - 1].columns()) return "channels x kernel size is too large";
   if (p.out_width < 2 || p.out_width > 4096 || p.out_height * p.out_width * p.out_width > kIntMax)
     return "the output size is out of range";
-  if (p.channels * p.height * p.width > kIntMax || p.batch * p.height > kIntMax) return "the input is too large";
-  if (span(p.costate_strides, p) > kIntMax || (p.output && span(p.output_strides, p) > kIntMax))
+  if (p.channels * p.height * p.width > kIntMax || p.batch * p.height > kIntMax || input_span(p) > kIntMax)
+    return "the input is too large";
+  if (costate_span(p.costate_strides, p) > kIntMax || (p.output && costate_span(p.output_strides, p) > kIntMax))
     return "an image's costate is too large";
   return nullptr;
 }

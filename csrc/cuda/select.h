@@ -31,6 +31,14 @@ Status launch_fused_32(const FusedArgs& args, int blocks, CudaStream stream);
 Status launch_fused_160(const FusedArgs& args, int blocks, CudaStream stream);
 Status launch_general(const UpdateArgs& args, int blocks, CudaStream stream);
 Status launch_reduce(const UpdateArgs& args, CudaStream stream);
+// Every compiled kernel resident on the current device, once per device: a launch inside a graph capture may load
+// nothing.
+Status prepare_device();
+Status prepare_fused_16();
+Status prepare_fused_32();
+Status prepare_fused_160();
+Status prepare_general();
+Status prepare_patches();
 // The constants as a kernel reads them; many per-channel ones go to `workspace` [kConstants, C].
 Status prepare_constants(const Params& params, void* workspace, ConstantTable& table, CudaStream stream);
 

@@ -37,6 +37,12 @@ constexpr TuningRow kTuningTable[] = {
      "7x7x3 (ImageNet), 5x5x3: the exchange of 64 pixels takes 41 KB, the weights 42 KB, so one block fits 99 KB; 80 "
      "accumulators leave registers for 32 kernels' costates"},
 };
+// The geometry that a row has kernels of its own for: sizes and padding are free, dilation is 1.
+struct Geometry {
+  int channels, rows, cols, stride;
+};
+constexpr Geometry kKnownGeometry[] = {{1, 3, 3, 1}, {3, 3, 3, 1}, {3, 7, 7, 2}};
 constexpr int kTuningRows = sizeof(kTuningTable) / sizeof(kTuningTable[0]);
+static_assert(sizeof(kKnownGeometry) / sizeof(kKnownGeometry[0]) == kTuningRows);
 
 }  // namespace yopo::cuda

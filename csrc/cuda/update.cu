@@ -1,5 +1,7 @@
 // The launches of one first-layer update, in order.
 #include <cstdio>
+#include <mutex>
+#include <set>
 
 #include "cuda/select.h"
 
@@ -70,6 +72,22 @@ Status run_fused(const Selection& s, const UpdateArgs& update, float* second_eta
 }
 
 }  // namespace
+
+Status prepare_device() {
+  static std::mutex mutex;
+  static std::set<int> prepared;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (prepared.count(device) != 0) return {};
+  const RelaxedCapture relaxed;  // a graph capture that has begun permits no loading otherwise
+  for (Status (*part)() : {prepare_fused_16, prepare_fused_32, prepare_fused_160, prepare_general, prepare_patches}) {
+    const Status status = part();
+    if (!status.ok()) return status;
+  }
+  prepared.insert(device);
+  return {};
+}
+
 }  // namespace cuda
 
 int64_t first_layer_update_cuda_workspace(const Params& params) {
@@ -84,13 +102,15 @@ Status first_layer_update_cuda(const Params& params, void* workspace, CudaStream
   auto at = [&](int64_t offset) {
     return offset < 0 ? nullptr : static_cast<void*>(static_cast<char*>(workspace) + offset);
   };
+  Status status = prepare_device();
+  if (!status.ok()) return status;
   UpdateArgs args{};
   args.params = params;
   args.partial = {at(plan.partial), selection.partial_sums(),
                   int(params.channels / params.groups * params.rows * params.cols)};
   args.costate_scratch = at(plan.costate_scratch);
   args.gradient_scratch = at(plan.gradient_scratch);
-  Status status = prepare_constants(params, at(plan.constants), args.constants, stream);
+  status = prepare_constants(params, at(plan.constants), args.constants, stream);
   if (!status.ok()) return status;
   status = selection.general() ? launch_general(args, selection.general_blocks, stream)
                                : run_fused(selection, args, static_cast<float*>(at(plan.second_eta)), stream);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <set>
 
 #include "core/narrow.h"
 #include "emulation/fibers.h"
@@ -43,11 +44,10 @@ inline T shfl_xor(T value, int mask) {
   return other;
 }
 
-inline uint32_t to_tf32(float value) {  // round to nearest, ties away from zero; 10 bits of mantissa stay
+inline uint32_t to_tf32(float value) {  // to nearest, ties away from zero, once mma has left out the low 13 bits
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7F800000u) == 0x7F800000u) return bits;
-  return (bits + 0x1000u) & 0xFFFFE000u;
+  return (bits & 0x7F800000u) == 0x7F800000u ? bits : bits + 0x1000u;
 }
 
 inline uint32_t float_bits(float value) {
@@ -121,8 +121,28 @@ struct DeviceLimits {
 DeviceLimits device_limits();
 void set_device_limits(const DeviceLimits& limits);  // what the tests pretend to run on
 
+inline int current_device() { return 0; }
+
+struct RelaxedCapture {
+  RelaxedCapture() {}
+};
+
+// The kernels prepared so far: launching another one fails, as it would in a graph capture.
+inline std::set<const void*>& prepared_kernels() {
+  static std::set<const void*> kernels;
+  return kernels;
+}
+
+template <class Args>
+inline Status prepare(void (*kernel)(Args)) {
+  prepared_kernels().insert(reinterpret_cast<const void*>(kernel));
+  return {};
+}
+
 template <class Args>
 inline Status launch(void (*kernel)(Args), const Args& args, int blocks, int threads, int shared_bytes, CudaStream) {
+  if (prepared_kernels().count(reinterpret_cast<const void*>(kernel)) == 0)
+    return {"a kernel is launched that prepare_device() leaves out"};
   struct Call {
     void (*kernel)(Args);
     const Args* args;

@@ -40,6 +40,7 @@ inline void run(const std::string& name) {
                             : name == "leave_warp"   ? leave_warp
                             : name == "overrun"      ? overrun
                                                      : misalign;
+  cuda::prepare(kernel);
   cuda::launch(kernel, Nothing{}, 1, 64, 16 * int(sizeof(float)), nullptr);
 }
 
@@ -60,6 +61,7 @@ inline void multiply_kernel(MultiplyArgs args) {
 
 inline std::vector<float> multiply(const std::vector<float>& a, const std::vector<float>& b) {
   std::vector<float> d(128);
+  cuda::prepare(multiply_kernel);
   cuda::launch(multiply_kernel, MultiplyArgs{a.data(), b.data(), d.data()}, 1, 32, 0, nullptr);
   return d;
 }

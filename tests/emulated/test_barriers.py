@@ -12,7 +12,8 @@ import pytest
 # barrier -> cases (of csrc/testing/race_check.cpp) in which its absence is a race
 BARRIERS = {
     1: "general l2", 2: "general l2", 3: "general", 4: "general", 5: "general", 6: "general affine", 7: "general",
-    9: "affine", 10: "bands", 20: "affine", 21: "bands", 22: "affine", 23: "affine", 24: "affine", 25: "affine", 26: "output",
+    9: "affine", 10: "bands", 20: "affine", 21: "bands", 22: "affine", 23: "affine", 24: "relu", 25: "affine", 26: "output",
+    27: "relu",
 }  # fmt: skip
 CASES = ("affine", "output", "relu", "bands", "general", "general affine", "general l2", "general affine l2")
 RACE = 66  # ThreadSanitizer's exit code

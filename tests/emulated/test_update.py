@@ -60,7 +60,7 @@ def test_narrow_costates(variant, costate_dtype, layout):
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu"])
-@pytest.mark.parametrize("costate_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("costate_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_tf32(variant, activation, costate_dtype):
     """Operands of 11 significant bits; the general kernel has no tensor cores and stays exact."""
     arguments = arguments_of(
@@ -182,6 +182,23 @@ def test_the_ball_holds_whatever_the_numbers_are(variant, where, poison):
             a["x"] = torch.nan_to_num(a["x"], nan=0.5)
             eta.flatten()[3] = 0.0
         assert_in_ball_and_box(tuple(a.values()), eta)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000], ids=hex)
+def test_a_nonfinite_costate_shows_in_the_weight_gradient(variant, activation, tf32, bits):
+    """0x7FFFFFFF is the NaN that CUDA computes: rounding to tf32 by adding to its bits would make it a zero."""
+    arguments = arguments_of(variant, tf32=tf32, activation=activation, bias=True)
+    costate = as_dict(arguments)["costate"]
+    assert not costate[0, 2, 1, 1].isnan()
+    costate.view(torch.int32)[0, 2, 1, 1] = bits
+    _, _, grad_weight, grad_bias, *_ = update(*arguments)
+    finite = grad_weight.isfinite().flatten(1)
+    assert not finite[2].all()
+    assert not grad_bias[2].isfinite()
+    assert finite[:2].all()
+    assert finite[3:].all()
 
 
 def test_a_poisoned_image_leaves_the_others_alone(variant):
