@@ -33,7 +33,10 @@ class Case:
     kernel: int = 3
     stride: int = 1
     padding: int = 1
+    dilation: int = 1
+    groups: int = 1
     steps: int = 3
+    norm: str = "linf"
     activation: str = "identity"
     full: bool = True  # with output and weight gradient
     dtype: torch.dtype = torch.float32  # of the costate
@@ -42,11 +45,17 @@ class Case:
 
     @property
     def output(self) -> int:
-        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+        return (self.size + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+
+    @property
+    def threat(self) -> tuple[float, float]:
+        """(eps, step_size): in L2 so that the step and the ball both matter."""
+        pixels = self.channels * self.size**2
+        return (EPS, STEP) if self.norm == "linf" else (EPS * pixels**0.5 / 2, STEP * pixels**0.5 / 2)
 
     def flops(self) -> float:
         """Multiply-adds of the convolutions, counted twice: an affine f0 needs one input gradient whatever `steps` is."""
-        one = 2.0 * self.batch * self.kernels * self.channels * self.kernel**2 * self.output**2
+        one = 2.0 * self.batch * self.kernels * self.channels / self.groups * self.kernel**2 * self.output**2
         steps = (1 if self.activation == "identity" else 2 * self.steps) if self.steps else 0
         return one * (steps + (2 if self.full else 0))
 
@@ -88,17 +97,18 @@ class Inputs:
         x = torch.rand(case.batch, case.channels, case.size, case.size)
         eta = ((torch.rand_like(x) * 2 - 1) * EPS).clamp(-x, 1 - x)
         costate = torch.randn(case.batch, case.kernels, case.output, case.output).to(case.dtype)
-        weight = (
-            torch.randn(case.kernels, case.channels, case.kernel, case.kernel) / (case.channels * case.kernel**2) ** 0.5
-        )
+        channels = case.channels // case.groups
+        weight = torch.randn(case.kernels, channels, case.kernel, case.kernel) / (channels * case.kernel**2) ** 0.5
         bias = None if case.activation == "identity" else torch.randn(case.kernels) * 0.1
         return cls(*(t.contiguous(memory_format=layout) for t in (x, eta, costate, weight)), bias)
 
 
 def ours(case: Case, i: Inputs) -> tuple[Any, ...]:
+    eps, step_size = case.threat
     update = yopo_ext.first_layer_update(
-        i.x, i.eta, i.costate, i.weight, i.bias, stride=case.stride, padding=case.padding, activation=case.activation,
-        steps=case.steps, step_size=STEP, eps=EPS, need_output=case.full, need_weight_grad=case.full,
+        i.x, i.eta, i.costate, i.weight, i.bias, stride=case.stride, padding=case.padding, dilation=case.dilation,
+        groups=case.groups, activation=case.activation, steps=case.steps, step_size=step_size, eps=eps, norm=case.norm,
+        need_output=case.full, need_weight_grad=case.full,
     )  # fmt: skip
     return update.eta, update.output, update.grad_weight
 
@@ -107,13 +117,17 @@ def eager(case: Case, i: Inputs) -> tuple[Any, ...]:
     act, p = ACTIVATIONS[case.activation], i.costate.float()
 
     def first_layer(u: Tensor, weight: Tensor) -> Tensor:
-        return act(F.conv2d(u, weight, i.bias, case.stride, case.padding))
+        return act(F.conv2d(u, weight, i.bias, case.stride, case.padding, case.dilation, case.groups))
 
+    eps, step_size = case.threat
     eta = i.eta
     for _ in range(case.steps):
         u = (i.x + eta).clamp(0, 1).requires_grad_()
         (g,) = torch.autograd.grad((first_layer(u, i.weight) * p).sum(), u)
-        eta = (eta + STEP * g.sign()).clamp(-EPS, EPS)
+        if case.norm == "linf":
+            eta = (eta + step_size * g.sign()).clamp(-eps, eps)
+        else:
+            eta = l2_projected(eta + step_size * l2_unit(g), eps)
         eta = (i.x + eta).clamp(0, 1) - i.x
     if not case.full:
         return eta, None, None
@@ -123,11 +137,26 @@ def eager(case: Case, i: Inputs) -> tuple[Any, ...]:
     return eta, y.detach(), grad
 
 
+def l2_norm(t: Tensor) -> Tensor:
+    return t.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def l2_unit(g: Tensor) -> Tensor:
+    return g / l2_norm(g).clamp_min(1e-12)
+
+
+def l2_projected(eta: Tensor, eps: float) -> Tensor:
+    return eta * (eps / l2_norm(eta).clamp_min(1e-12)).clamp(max=1.0)
+
+
 def collapsed(case: Case, i: Inputs) -> tuple[Any, ...]:
     """For a non-linear f0 there is no collapse: the same code with the slope inside the loop."""
-    geometry = ([case.stride] * 2, [case.padding] * 2, [1, 1], False, [0, 0], 1)
+    geometry = ([case.stride] * 2, [case.padding] * 2, [case.dilation] * 2, False, [0, 0], case.groups)
     p = i.costate.float()
-    a, b = torch.clamp(-i.x, min=-EPS), torch.clamp(1 - i.x, max=EPS)
+    eps, step_size = case.threat
+    bound = eps if case.norm == "linf" else float("inf")
+    a, b = torch.clamp(-i.x, min=-bound), torch.clamp(1 - i.x, max=bound)
+    direction = torch.sign if case.norm == "linf" else l2_unit
 
     def backward(u: Tensor, q: Tensor, mask: list[bool]) -> Any:
         return torch.ops.aten.convolution_backward(q, u, i.weight, [case.kernels], *geometry, mask)
@@ -139,16 +168,17 @@ def collapsed(case: Case, i: Inputs) -> tuple[Any, ...]:
         return p * (s * (1 + z * (1 - s)))
 
     def conv(u: Tensor) -> Tensor:
-        return F.conv2d(u, i.weight, i.bias, case.stride, case.padding)
+        return F.conv2d(u, i.weight, i.bias, case.stride, case.padding, case.dilation, case.groups)
 
     eta, affine = i.eta, case.activation == "identity"
     if affine:
-        step = STEP * backward(i.x, p, [True, False, False])[0].sign()
+        step = step_size * direction(backward(i.x, p, [True, False, False])[0])
     for _ in range(case.steps):
         if not affine:
             u = i.x + eta
-            step = STEP * backward(u, slope(conv(u)), [True, False, False])[0].sign()
-        eta = torch.minimum(torch.maximum(eta + step, a), b)
+            step = step_size * direction(backward(u, slope(conv(u)), [True, False, False])[0])
+        moved = eta + step
+        eta = torch.minimum(torch.maximum(moved if case.norm == "linf" else l2_projected(moved, eps), a), b)
     if not case.full:
         return eta, None, None
     u = i.x + eta
@@ -159,7 +189,9 @@ def collapsed(case: Case, i: Inputs) -> tuple[Any, ...]:
 
 
 def verify(case: Case, expected: tuple[Any, ...], actual: tuple[Any, ...], name: str) -> None:
-    moved = (expected[0] - actual[0]).abs() > 1e-5  # a sign may differ where the gradient is all but zero
+    moved = (expected[0] - actual[0]).abs() > 1e-5 + 1e-3 * case.threat[
+        1
+    ]  # a sign may differ where the gradient is all but zero
     if moved.float().mean() > 2e-3:
         raise AssertionError(f"{case.name}: {name} computes another eta ({moved.float().mean():.2%} of the pixels)")
     for e, a in zip(expected[1:], actual[1:], strict=True):

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -107,14 +108,19 @@ def _timed(function: Callable[[], Any]) -> float:
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], seconds: float, minimum: int = 7) -> dict[str, list[float]]:
-    """Seconds of every repetition; one of each in turn, so that a slow moment of the machine hits all alike."""
+    """Seconds of every repetition; one of each in turn, so that a slow moment of the machine hits all alike.
+
+    Every round has another order: what ran before decides what the caches hold.
+    """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order, generator = list(functions), random.Random(0)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < minimum:
-        for name, function in functions.items():
-            times[name].append(_timed(function))
+    while time.perf_counter() < end or len(times[order[0]]) < minimum:
+        generator.shuffle(order)
+        for name in order:
+            times[name].append(_timed(functions[name]))
     return times
 
 
@@ -130,7 +136,7 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     return {"ratio": middle, "ratio_q1": low, "ratio_q3": high}
 
 
-def arguments(description: str, seconds: float) -> argparse.Namespace:
+def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seconds", type=float, default=seconds, help="measuring time per case")
     parser.add_argument(
@@ -138,7 +144,11 @@ def arguments(description: str, seconds: float) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot")
     parser.add_argument("--only", default="", help="run only cases whose name contains this")
-    return parser.parse_args()
+    return parser
+
+
+def arguments(description: str, seconds: float) -> argparse.Namespace:
+    return parser(description, seconds).parse_args()
 
 
 def save(name: str, data: dict[str, Any], folder: Path) -> None:

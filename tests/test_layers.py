@@ -59,10 +59,14 @@ PYTHON_CORE: dict[str, set[str]] = {
     # the operator and its functions
     "kernels/native": {"_version"},
     "kernels/reference": {"kernels/constants"},
-    "kernels/ops": {"kernels/native", "kernels/reference"},
-    "kernels/dispatch": {"compilation", "kernels/constants", "kernels/ops"},
+    "kernels/costs": set(),
+    "kernels/library": {"kernels/constants", "kernels/costs", "kernels/reference"},
+    "kernels/ops": {"kernels/library", "kernels/native", "kernels/reference"},
+    "kernels/dispatch": {
+        "compilation", "kernels/constants", "kernels/costs", "kernels/native", "kernels/ops", "kernels/reference",
+    },
     "build": {"_version", "kernels/constants", "kernels/ops", "validation"},
-    "functional": {"kernels/constants", "kernels/dispatch", "kernels/ops", "validation"},
+    "functional": {"kernels/constants", "kernels/dispatch", "validation"},
     # the first layer as an autograd node
     "first_layer/normalisation": set(),
     "first_layer/fused_node": {"kernels/dispatch", "kernels/ops", "kernels/reference", "validation"},

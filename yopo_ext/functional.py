@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .kernels import ops
 from .kernels.constants import NORMS
 from .kernels.dispatch import choose, describe, resolve_allow_tf32
 from .validation import Constants
@@ -82,9 +81,8 @@ def _arguments(
 
 
 def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    op = ops.first_layer_update if choose(*arguments).native else ops.first_layer_update_reference
     with torch.no_grad():
-        return op(*arguments)
+        return choose(*arguments).run(*arguments)
 
 
 def first_layer_update(

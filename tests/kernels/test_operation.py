@@ -20,6 +20,7 @@ def backends() -> list:
     native_missing = ops.native_status.why_not_cpu
     return [
         pytest.param(ops.first_layer_update_reference, id="reference"),
+        pytest.param(ops.first_layer_update_library, id="library"),
         pytest.param(
             ops.first_layer_update,
             id="native",

@@ -11,7 +11,9 @@ from yopo_ext.kernels import ops
 
 
 @pytest.mark.parametrize(
-    "op", [ops.first_layer_update, ops.first_layer_update_reference], ids=["dispatched", "reference"]
+    "op",
+    [ops.first_layer_update, ops.first_layer_update_reference, ops.first_layer_update_library],
+    ids=["dispatched", "reference", "library"],
 )
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "channels_last"])
 @pytest.mark.parametrize("wanted", [True, False])

@@ -63,8 +63,7 @@ def update(threat: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *layer, steps, norm, mask_start, need_output, need_weight_grad, allow_tf32 = arguments
     flags = (norm, mask_start, need_output, need_weight_grad, allow_tf32)
     full = (x, *layer, steps, *threat_constants(threat), *flags)
-    op = ops.first_layer_update if choose(*full).native else ops.first_layer_update_reference
-    return op(*full)
+    return choose(*full).run(*full)
 
 
 _NUMBERS = "float[] step_size, float[] eps, float[] lo, float[] hi, "

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,45 @@ def _load(library: Path) -> str | None:
     except (OSError, RuntimeError) as error:
         return f"{library.name} does not load into torch {torch.__version__}: {error}"
     return None
+
+
+def why_not_capability(capability: tuple[int, int], architectures: str) -> str | None:
+    """Why kernels built for CMake's `architectures` ("80;90", "90-real", "90a") do not run on a GPU of this capability.
+
+    Machine code runs on its own major version from its own minor version on ("a": on its own alone). An entry without
+    "-real" also holds PTX, which the driver compiles for every later GPU.
+    """
+    number = 10 * capability[0] + capability[1]
+    for entry in filter(None, architectures.split(";")):
+        match = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", entry)
+        if match is None:
+            return None  # "native", "all": whoever built it knows
+        built, suffix = int(match[1]), match[2]
+        machine_code = match[3] != "-virtual" and number // 10 == built // 10 and number >= built
+        ptx = match[3] != "-real" and number >= built
+        if number == built or (suffix == "f" and machine_code) or (suffix == "" and (machine_code or ptx)):
+            return None
+    return (
+        f"its compute capability is {capability[0]}.{capability[1]}, and the CUDA kernels were built for "
+        f"{architectures.replace(';', ', ')} (times ten)"
+    )
+
+
+@functools.cache
+def why_not_device(index: int) -> str | None:
+    """Why CUDA kernels do not run on device `index`, which is asked and warned of once."""
+    name = torch.cuda.get_device_name(index)
+    reason = why_not_capability(
+        torch.cuda.get_device_capability(index), str(status().build.get("cuda_architectures", ""))
+    )
+    if reason is not None:
+        warnings.warn(
+            f"yopo_ext {__version__} runs its PyTorch reference kernels on cuda:{index} ({name}): {reason}. "
+            "Results are the same, only slower.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 `yopo_ext::first_layer_update` is the operation of the package; `yopo_ext::first_layer_update_reference` has the same
 schema and is always the PyTorch definition, so that tests, and inputs no kernel takes, can reach it beside a native one.
+`yopo_ext::first_layer_update_library` is the same with products of PyTorch's library and the native kernels' steps.
 `yopo_ext::first_layer_variant` says in words which kernel the first would run; it allocates results and launches nothing.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native, reference
+from . import library, native, reference
 
 ARGUMENTS = (
     "(Tensor x, Tensor eta, Tensor costate, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
@@ -35,9 +36,13 @@ def fake(x, eta, costate, weight, bias, scale, shift, *rest) -> reference.Output
     return torch.empty_like(x), output, grad(weight), grad(bias), grad(scale), grad(shift)
 
 
-for _name in ("first_layer_update", "first_layer_update_reference"):
+for _name, _implementation in (
+    ("first_layer_update", reference.first_layer_update),
+    ("first_layer_update_reference", reference.first_layer_update),
+    ("first_layer_update_library", library.first_layer_update),
+):
     _library.define(_name + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, reference.first_layer_update, "CompositeExplicitAutograd")
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"yopo_ext::{_name}", fake, lib=_library)
 
 _library.define("first_layer_variant" + VARIANT_SCHEMA)
@@ -47,4 +52,5 @@ native_status = native.status()
 
 first_layer_update = torch.ops.yopo_ext.first_layer_update.default
 first_layer_update_reference = torch.ops.yopo_ext.first_layer_update_reference.default
+first_layer_update_library = torch.ops.yopo_ext.first_layer_update_library.default
 first_layer_variant = torch.ops.yopo_ext.first_layer_variant.default

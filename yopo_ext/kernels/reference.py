@@ -12,6 +12,7 @@ Every constant is rounded to x's dtype before it is used, and p, u and the proje
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -137,6 +138,10 @@ class _FirstLayer:
         stride, padding, dilation, _, _, groups = self.geometry
         return torch.nn.functional.conv2d(self.normalise(u), self.weight, self.bias, stride, padding, dilation, groups)
 
+    def products_backward(self, u: Tensor, gz: Tensor, mask: list[bool]):
+        """Gradients of the convolution with respect to its (normalised) input u, weight and bias, where `mask` asks."""
+        return torch.ops.aten.convolution_backward(gz, u, self.weight, [self.weight.shape[0]], *self.geometry, mask)
+
     def affine_part(self, z: Tensor) -> Tensor:
         if self.scale is not None:
             z = z * self.scale[:, None, None]
@@ -151,9 +156,7 @@ class _FirstLayer:
 
     def convolution_backward(self, u: Tensor, q: Tensor, mask: list[bool]):
         gz = q if self.scale is None else q * self.scale[:, None, None]
-        return torch.ops.aten.convolution_backward(
-            gz, self.normalise(u), self.weight, [self.weight.shape[0]], *self.geometry, mask
-        )
+        return self.products_backward(self.normalise(u), gz, mask)
 
     def input_gradient(self, u: Tensor, p: Tensor) -> Tensor:
         q, _ = self.output_gradient(u, p)
@@ -224,18 +227,22 @@ def first_layer_update(
     need_output: bool,
     need_weight_grad: bool,
     allow_tf32: bool,
+    *,
+    layer: type[_FirstLayer] = _FirstLayer,
+    inner_steps: Callable[..., Tensor] | None = None,
 ) -> Outputs:
     """The operator's reference kernel; see `yopo_ext.first_layer_update` for the meaning of every argument.
 
     Float lists hold one value or one per input channel (mean, std: empty when absent). Returns (eta', output,
     grad_weight, grad_bias, grad_scale, grad_shift) with empty tensors where a result was not asked for or does not exist.
+    `layer` and `inner_steps` take the place of products and steps: see `yopo_ext.kernels.library`.
     """
 
     def constant(values: list[float]) -> Tensor:  # made on the device: a copy from the host would wait for it
         t = [x.new_full((), value) for value in values]
         return t[0] if len(t) == 1 else torch.stack(t)[:, None, None]
 
-    f0 = _FirstLayer(
+    f0 = layer(
         weight, bias, scale, shift, constant(mean) if mean else None, constant(std) if std else None,
         stride, padding, dilation, groups, activation, negative_slope,
     )  # fmt: skip
@@ -243,18 +250,23 @@ def first_layer_update(
     lo_t, hi_t, eps_t, sigma = constant(lo), constant(hi), constant(eps), constant(step_size)
     box = (lo_t, hi_t) if mask_start else None
     with torch.no_grad():
-        linf = norm == NORMS["linf"]
-        interval = admissible_interval(x, eps_t if linf else torch.full_like(eps_t, math.inf), lo_t, hi_t)
+        if inner_steps is not None:
+            new_eta = inner_steps(f0, x, eta, p, steps, (step_size, eps, lo, hi, norm), box)
+        else:
+            linf = norm == NORMS["linf"]
+            interval = admissible_interval(x, eps_t if linf else torch.full_like(eps_t, math.inf), lo_t, hi_t)
 
-        def project(moved: Tensor) -> Tensor:
-            return project_linf(moved, interval) if linf else project_l2(moved, eps_t, interval)
+            def project(moved: Tensor) -> Tensor:
+                return project_linf(moved, interval) if linf else project_l2(moved, eps_t, interval)
 
-        new_eta = _inner_steps(f0, x, eta, p, steps, sigma, _sign if linf else l2_direction, project, interval, box)
+            direction = _sign if linf else l2_direction
+            new_eta = _inner_steps(f0, x, eta, p, steps, sigma, direction, project, interval, box)
         output = costate.new_empty(0)
         grad_weight, grad_bias, grad_scale, grad_shift = (x.new_empty(0) for _ in range(4))
+        u = x + new_eta if need_output or need_weight_grad else x
         if need_output:
-            output = _laid_out_as(costate, f0.output(x + new_eta))
+            output = _laid_out_as(costate, f0.output(u))
         if need_weight_grad:
-            grad_weight, grad_bias, grad_scale, grad_shift = f0.weight_gradients(x + new_eta, p)
+            grad_weight, grad_bias, grad_scale, grad_shift = f0.weight_gradients(u, p)
             grad_weight = _laid_out_as(weight, grad_weight)
     return _laid_out_as(x, new_eta, copy=new_eta is eta), output, grad_weight, grad_bias, grad_scale, grad_shift
