@@ -253,7 +253,7 @@ def test_alarms_of_training(clean, pgd, train, alarm):
 
 
 def test_a_fall_back_to_chance_in_the_warm_up_is_no_collapse():
-    """As in a run on digits that ended at 98.9 %: 25 % after two epochs, 10 % after four, 93 % after six."""
+    """A network that falls back while the rate rises learns again when it falls."""
     highest = {"validation_clean": 25.0, "validation_pgd": 15.0, "lr": 0.03}
     record = {"validation_clean": 10.0, "validation_pgd": 10.0, "train_accuracy": 10.0, "lr": 0.05}
     assert has_fallen(highest, record, 10)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from yopo_ext import validation
 from yopo_ext.training.attacks.registry import parse_attacks
 from yopo_ext.training.comparison.plot import save_plot
@@ -18,14 +20,17 @@ from yopo_ext.training.data.batches import SplitSource
 from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.evaluation.evaluate import Evaluation, evaluate_in_parts
 from yopo_ext.training.loop.position import DivergedError
+from yopo_ext.training.loop.rehearsal import Mode
+from yopo_ext.training.loop.speed import choose_mode, is_open, with_mode
 from yopo_ext.training.loop.trainer import Trainer
 from yopo_ext.training.models import build_model
 from yopo_ext.training.numbers import parse_number
 from yopo_ext.training.run.checkpoint import require_empty
 from yopo_ext.training.run.deadline import Deadline
 from yopo_ext.training.run.environment import environment
-from yopo_ext.training.run.files import write_atomically, write_json
+from yopo_ext.training.run.files import read_json, write_atomically, write_json
 from yopo_ext.training.run.metrics import MetricsFile
+from yopo_ext.training.torchvision_import import import_torchvision
 
 # What a method of a list may set for itself, beside its own options.
 OWN_OPTIONS: dict[str, type[int] | type[float]] = {
@@ -132,6 +137,7 @@ class Comparison:
 
     def run(self, deadline: Deadline | None = None) -> list[Row] | None:
         """The table's rows; None if the `deadline` passed before (`resume="auto"` goes on from there)."""
+        self._choose_mode()
         records: list[dict[str, Any]] = []
         for number, (text, run) in enumerate(self.runs, 1):
             record = self.done.get((text, run.seed))
@@ -149,9 +155,41 @@ class Comparison:
             self._write(rows, self.out)
         return rows
 
+    def _choose_mode(self) -> None:
+        """Precision, layout and compilation, chosen once, with the dearest method, for all runs that are to be compared."""
+        first = self.runs[0][1]
+        if not is_open(first) or len(self.done) == len(self.runs):
+            return
+        recorded = (read_json(Path(run.out) / "run.json").get("config") for _, run in self.runs if run.out is not None)
+        before = next((facts for facts in recorded if facts), None)
+        if before is not None:
+            mode = Mode(before["precision"], before["channels_last"], before["compile"])
+        else:
+            run, method = max((resolve(run) for _, run in self.runs), key=lambda pair: pair[1].cost().total)
+            if run.threads is not None:
+                torch.set_num_threads(run.threads)
+            import_torchvision(required=False)  # Fabric may import it
+            device = device_for(run.accelerator)
+            found = choose_mode(run, method, self.dataset.to(device), device, shown=self.shown)
+            mode = Mode(found.precision, bool(found.channels_last), bool(found.compile))  # type: ignore[arg-type]
+        self.runs = [(text, with_mode(run, mode)) for text, run in self.runs]
+
     def _write(self, rows: list[Row], out: Path) -> None:
         first = self.runs[0][1]
-        facts = {name: getattr(first, name) for name in ("dataset", "model", "eps", "norm", "epochs", "time_budget")}
+        facts = {
+            name: getattr(first, name)
+            for name in (
+                "dataset",
+                "model",
+                "eps",
+                "norm",
+                "epochs",
+                "time_budget",
+                "precision",
+                "channels_last",
+                "compile",
+            )
+        }
         facts |= {
             "test": self.config.test(),
             "seeds": list(self.config.seeds),

@@ -100,7 +100,7 @@ def check(config: TrainConfig) -> None:
             if getattr(config, name) is not None:
                 raise ValueError(f"{name} is for dataset 'imagefolder'; dataset is {config.dataset!r}")
     if config.precision == "16-mixed" and device_for(config.accelerator).type == "cpu":
-        raise ValueError("precision must be '32-true' or 'bf16-mixed' on a CPU; got '16-mixed'")
+        raise ValueError("precision must be 'auto', '32-true' or 'bf16-mixed' on a CPU; got '16-mixed'")
     if config.out is not None and (config.out == "" or Path(config.out).is_file()):
         raise ValueError(f"out must name a folder; got {config.out!r}")
     if config.resume == "auto" and config.out is None:
@@ -139,6 +139,9 @@ def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, tup
     defaults = dataclasses.asdict(TrainConfig())
     facts = ({**defaults, **saved}, dataclasses.asdict(config))
     then, now = (json.loads(json.dumps(fact)) for fact in facts)  # lists for tuples
+    for name, unset in (("precision", "auto"), ("channels_last", None), ("compile", None)):
+        if now[name] == unset:
+            now[name] = then[name]  # a run keeps the mode that it chose
     if now["time_budget"] is not None:
         now["epochs"] = then["epochs"]  # runs with a time budget used to keep a number of epochs that ended nothing
     return {name: (then[name], now[name]) for name in now if name not in CHANGEABLE and then[name] != now[name]}

@@ -134,15 +134,22 @@ class TrainConfig:
     validate_every: int | None = option(None, "epochs between validations")
     validation_steps: int = option(10, "PGD steps of the validation attack")
     select: Literal["best", "last"] = option("best", "which checkpoint is the result: best on validation, or last")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option(
-        "32-true", "arithmetic of the passes", group="speed"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = option(
+        "auto",
+        "arithmetic of training; auto: fp32, or in longer runs what a rehearsal of a few steps shows to be faster and as exact; "
+        "validation and evaluation are always in fp32",
+        group="speed",
     )
     accelerator: Literal["auto", "cpu", "cuda"] = option(
         "auto", "where to run; auto: a GPU if there is one", group="speed"
     )
     devices: int = option(1, "processes, one per device", group="speed")
-    compile: bool = option(False, "torch.compile the model", group="speed")
-    channels_last: bool = option(False, "channels_last memory format", group="speed")
+    compile: bool | None = option(
+        None, "torch.compile the model (default: where a rehearsal shows that a long run gains by it)", group="speed"
+    )
+    channels_last: bool | None = option(
+        None, "channels_last memory format (default: where a rehearsal shows it to be faster)", group="speed"
+    )
     threads: int | None = option(None, "CPU threads", group="speed")
     resume: Literal["never", "auto"] = option(
         "never", "auto: go on with the run that the folder holds, if it holds one"
@@ -174,6 +181,9 @@ class EvaluateConfig:
     data_dir: str | None = option(None, "folder of the data set, if not the one used in training", metavar="FOLDER")
     accelerator: Literal["auto", "cpu", "cuda"] = option("auto", "where to run; auto: a GPU if there is one")
     out: str | None = option(None, "JSON file for the result", metavar="FILE")
+    save_images: str | None = option(
+        None, "folder for the attacked images, as PNG files of 8 bits that are still inside the ball", metavar="FOLDER"
+    )
 
 
 @dataclass

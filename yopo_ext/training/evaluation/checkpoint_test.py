@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from yopo_ext.training.config.resolve import dataset_of, device_for, threat_mode
 from yopo_ext.training.config.schema import EvaluateConfig, TrainConfig
 from yopo_ext.training.evaluation.evaluate import evaluate_in_parts, lowest_class, seconds_per_pass
 from yopo_ext.training.evaluation.masking_alarm import alarms, not_finite_alarm
+from yopo_ext.training.evaluation.saved_images import SavedImages
 from yopo_ext.training.models import build_model
 from yopo_ext.training.run.checkpoint import WRITTEN, load_checkpoint, tested_weights
 from yopo_ext.training.run.deadline import Deadline
@@ -47,6 +49,8 @@ class CheckpointTest:
         self.attacks = parse_attacks(names)
         if config.out is not None:
             require_report(Path(config.out))
+        if config.save_images is not None and Path(config.save_images).is_file():
+            raise ValueError(f"save_images must name a folder; got {config.save_images!r}")
         validation.choice("split", config.split, ("test", "validation"))
         validation.integer("seed", config.seed, 0)
         if config.samples is not None:
@@ -84,6 +88,7 @@ class CheckpointTest:
         Beside that file, FILE.journal keeps what is finished: run again after an interruption, it goes on from there.
         """
         started = time.perf_counter()
+        folder = self.config.save_images
         found = evaluate_in_parts(
             self.model,
             self.split,
@@ -93,10 +98,13 @@ class CheckpointTest:
             survivors_only=self.config.survivors_only,
             journal=None if self.config.out is None else Path(f"{self.config.out}.journal"),
             deadline=deadline,
+            images=None if folder is None else SavedImages(Path(folder), self.threat),
             title="evaluate",
         )
         if found is None:
             return None
+        if folder is not None:
+            print(f"images written to {folder}", file=sys.stderr)
         seconds = time.perf_counter() - started
         labels = self.split.labels.cpu()
         by_class = found.by_class(labels, self.classes)

@@ -21,6 +21,7 @@ from yopo_ext.training.attacks.image_wise import FixedBatches, Starts
 from yopo_ext.training.attacks.pgd import PgdAttack
 from yopo_ext.training.data.splits import Split
 from yopo_ext.training.evaluation.journal import Journal, fingerprint
+from yopo_ext.training.evaluation.saved_images import SavedImages
 from yopo_ext.training.methods.base import ThreatModel
 from yopo_ext.training.run.deadline import Deadline
 from yopo_ext.training.run.progress import Progress
@@ -118,12 +119,14 @@ def evaluate_in_parts(
     journal: Path | None = None,
     deadline: Deadline | None = None,
     title: str | None = None,
+    images: SavedImages | None = None,
 ) -> Evaluation | None:
     """`evaluate`, with finished batches kept in the file `journal`; None once the `deadline` passes.
 
     A call attacks at least one batch, however short its time. With `survivors_only` an attack is spared the images that
     are classified wrongly already, clean or under an attack before it: `worst` is the same, because an attack's result on
-    an image depends on no other image, and `robust` gives what is left after each attack. With a `title` it says how far it is.
+    an image depends on no other image, and `robust` gives what is left after each attack.
+    With a `title` it says how far it is. `images` keeps the attacked images.
     """
     device = split.labels.device
     size = BATCH_SIZES[device.type] if batch_size is None else batch_size
@@ -142,6 +145,8 @@ def evaluate_in_parts(
             whole = attack is not None and attack.whole_batches
             label = name if whole else kind
             known = {} if notes is None else notes.known.get(label, {})
+            if images is not None and attack is not None:  # an image that is not written is attacked again
+                known = {image: value for image, value in known.items() if images.has(label, image)}
             target = model if whole else FixedBatches(model, size)
             tried = range(count) if whole or not survivors_only else alive[:count].nonzero().squeeze(1).tolist()
             correct = torch.tensor([known.get(image, False) for image in range(count)], dtype=torch.bool)
@@ -158,7 +163,9 @@ def evaluate_in_parts(
                 if attack is not None:
                     ball = AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
                     starts = Starts(ball, part.to(device), mix_seed(seed, zlib.crc32(kind.encode())))
-                    x = x + attack(target, x, y, threat, starts)
+                    clean, x = x, x + attack(target, x, y, threat, starts)
+                    if images is not None:
+                        images.put(label, part, clean, x, y)
                 right, known_logits = verdicts(target, x, y, threat)
                 correct[part], finite[part] = right.cpu(), known_logits.cpu()
                 if notes is not None:

@@ -33,8 +33,7 @@ def make_fabric(config: TrainConfig) -> Fabric:
     # Buffers are not sent around before each forward: that would change them between the two forwards of TRADES, before
     # its one backward. `FabricLearner.synchronise` makes them equal where it matters.
     strategy = DDPStrategy(broadcast_buffers=False) if config.devices > 1 else "auto"
-    fabric = Fabric(
-        accelerator=config.accelerator, devices=config.devices, precision=config.precision, strategy=strategy
-    )
+    precision = "32-true" if config.precision == "auto" else config.precision  # until a rehearsal has chosen
+    fabric = Fabric(accelerator=config.accelerator, devices=config.devices, precision=precision, strategy=strategy)
     fabric.launch()
     return fabric

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from yopo_ext.training.attacks.pgd import PgdAttack
-from yopo_ext.training.config.resolve import dataset_of, resolve, threat_model
+from yopo_ext.training.config.resolve import dataset_of, device_for, resolve, threat_model
 from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.augment import Augmentation
 from yopo_ext.training.data.batches import SplitSource
@@ -23,6 +23,7 @@ from yopo_ext.training.loop.collapse_alarm import has_fallen, training_alarm
 from yopo_ext.training.loop.learner import FabricLearner
 from yopo_ext.training.loop.position import Clock, DivergedError, Position
 from yopo_ext.training.loop.saved_run import saved_run
+from yopo_ext.training.loop.speed import choose_mode, is_open, kept
 from yopo_ext.training.methods import Method, ThreatModel
 from yopo_ext.training.optim.schedules import make_schedule
 from yopo_ext.training.run.checkpoint import save_checkpoint
@@ -70,10 +71,16 @@ class Trainer:
         threads = self.config.threads if saved is None else saved["threads"]  # another number rounds differently
         if threads is not None:
             torch.set_num_threads(threads)
+        if saved is not None:
+            self.config = kept(self.config, saved["config"], device_for(self.config.accelerator), shown=shown)
         self.fabric = make_fabric(self.config)
         self.device = self.fabric.device
+        self.leads = self.fabric.global_rank == 0  # the process that writes and prints
+        self.shown = shown and self.leads
         self.threat = threat_model(self.config)
         self.dataset = (dataset or dataset_of(self.config)).to(self.device)
+        if is_open(self.config):
+            self._choose_mode()
         self.learner = FabricLearner(self.config, self.method, self.dataset, self.fabric)
         assert self.config.batch_size is not None
         self.source = SplitSource(
@@ -88,13 +95,22 @@ class Trainer:
         self.selected: dict[str, Tensor] | None = None
         # Processes must agree on whatever depends on time, and asking costs them a wait.
         self.agree_every = 1 if self.fabric.world_size == 1 else 16
-        self.leads = self.fabric.global_rank == 0  # the process that writes and prints
-        self.shown = shown and self.leads
         if saved is not None:
             self.learner.load_state_dict(saved)
             self.selected = saved["selected"]
             self.at = Position(**saved["position"])
             self._train_on(saved["config"])
+
+    def _choose_mode(self) -> None:
+        """Fill in precision, layout and compilation; the first process decides and tells the others."""
+        from yopo_ext.training.loop.fabric import make_fabric
+
+        found = self.config
+        if self.leads:
+            found = choose_mode(self.config, self.method, self.dataset, self.device, shown=self.shown)
+        self.config = self.fabric.broadcast(found)
+        if self.config.precision != "32-true":
+            self.fabric = make_fabric(self.config)
 
     def fit(self, deadline: Deadline | None = None) -> TrainResult | None:
         """Train to the end and select the result on the validation split.

@@ -36,6 +36,11 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     return facts
 
 
+def processor(device: torch.device) -> str:
+    """The name of what computes."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -47,6 +47,11 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write((text + "\n").encode()))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that the file holds; an empty one if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line, on a line of its own even if a kill cut the last one short."""
     path.parent.mkdir(parents=True, exist_ok=True)
