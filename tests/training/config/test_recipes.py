@@ -1,9 +1,9 @@
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from yopo_ext.training.cli import dry_run
 from yopo_ext.training.cli.main import UNFINISHED, main
 from yopo_ext.training.config.resolve import resolve
 
@@ -16,8 +16,7 @@ def configurations(recipe, monkeypatch):
     compares = "methods:" in recipe.read_text()
     command = "compare" if compares else "train"
     runs = []
-    command_line = sys.modules["yopo_ext.training.cli.main"]
-    monkeypatch.setattr(command_line, "_plan", lambda found, *_: runs.extend(run for _, run in found) or (lambda: 0))
+    monkeypatch.setattr(dry_run, "planned", lambda found, *_: runs.extend(run for _, run in found) or (lambda: 0))
     assert main([command, "--config", str(recipe), "--out", "somewhere", "--dry-run"]) == 0
     return runs
 

@@ -6,13 +6,15 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from yopo_ext.training.attacks.base import Attack, passes_on
 from yopo_ext.training.attacks.pgd import PgdAttack
+from yopo_ext.training.attacks.registry import parse_attacks
+from yopo_ext.training.config.resolve import dataset_of
 from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.evaluation.evaluate import seconds_per_pass
@@ -71,3 +73,31 @@ def estimate(
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
     return Estimate(training, evaluation, memory)
+
+
+def planned(
+    runs: Sequence[tuple[str, TrainConfig]],
+    check: Callable[[], object],
+    test_attacks: Sequence[str] = (),
+    test_samples: int | None = None,
+) -> Callable[[], int]:
+    """Something to call that prints what the runs would cost, after `check` has met the errors that they would meet."""
+
+    def job() -> int:
+        check()
+        dataset = dataset_of(runs[0][1])
+        attacks = parse_attacks(test_attacks) if test_attacks else []
+        seen: dict[str, Estimate] = {}
+        for text, run in runs:
+            if text not in seen:
+                seen[text] = found = estimate(run, dataset, attacks, test_samples)
+                times = sum(other == text for other, _ in runs)
+                length = f"{run.epochs} epochs" if run.time_budget is None else f"{run.time_budget:g} s"
+                what = f"{length} of {run.dataset}, {run.model}, eps {run.eps:.4g}"
+                print(f"{text}: {times} x ({what}): {found}", flush=True)
+        training = sum(seen[text].training for text, _ in runs)
+        evaluation = sum(seen[text].evaluation for text, _ in runs)
+        print(f"in all: {len(runs)} runs, training {duration(training)}, evaluation at most {duration(evaluation)}")
+        return 0
+
+    return job

@@ -122,6 +122,7 @@ def read(name: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _train(given: Given) -> Job:
+    from yopo_ext.training.cli.dry_run import planned
     from yopo_ext.training.config.resolve import resolve
     from yopo_ext.training.loop.saved_run import saved_run
     from yopo_ext.training.loop.trainer import Trainer
@@ -130,7 +131,7 @@ def _train(given: Given) -> Job:
     names = {name for options in declared_methods().values() for name in options}
     config, method = resolve(build(TrainConfig, given), {n: value for n, value in given.items() if n in names})
     if given["dry_run"]:
-        return _plan([(config.method, config)], lambda: saved_run(config))
+        return planned([(config.method, config)], lambda: saved_run(config))
     if config.out is None:
         config.out = str(default_folder("train", config))
     trainer = Trainer(config)
@@ -207,6 +208,7 @@ def _export(given: Given) -> Job:
 
 
 def _compare(given: Given) -> Job:
+    from yopo_ext.training.cli.dry_run import planned
     from yopo_ext.training.comparison.comparison import Comparison, plan
     from yopo_ext.training.comparison.report import finding, table
     from yopo_ext.training.run.deadline import Deadline
@@ -215,7 +217,7 @@ def _compare(given: Given) -> Job:
     config = build(CompareConfig, given, train=train)
     if given["dry_run"]:
         runs = plan(config)
-        return _plan(runs, lambda: Comparison(config, shown=False), config.test_attacks, config.test_samples)
+        return planned(runs, lambda: Comparison(config, shown=False), config.test_attacks, config.test_samples)
     if train.out is None:
         train.out = str(default_folder("compare", train))
     comparison = Comparison(config)
@@ -245,37 +247,6 @@ def default_folder(command: str, config: TrainConfig) -> Path:
     while (folder := Path("runs") / f"{command}-{config.dataset}-{number}").exists():
         number += 1
     return folder
-
-
-def _plan(
-    runs: Sequence[tuple[str, TrainConfig]],
-    check: Callable[[], object],
-    test_attacks: Sequence[str] = (),
-    test_samples: int | None = None,
-) -> Job:
-    from yopo_ext.training.attacks.registry import parse_attacks
-    from yopo_ext.training.cli.dry_run import Estimate, estimate
-    from yopo_ext.training.config.resolve import dataset_of
-    from yopo_ext.training.run.progress import duration
-
-    def job() -> int:
-        check()
-        dataset = dataset_of(runs[0][1])
-        attacks = parse_attacks(test_attacks) if test_attacks else []
-        seen: dict[str, Estimate] = {}
-        for text, run in runs:
-            if text not in seen:
-                seen[text] = found = estimate(run, dataset, attacks, test_samples)
-                times = sum(other == text for other, _ in runs)
-                length = f"{run.epochs} epochs" if run.time_budget is None else f"{run.time_budget:g} s"
-                what = f"{length} of {run.dataset}, {run.model}, eps {run.eps:.4g}"
-                print(f"{text}: {times} x ({what}): {found}", flush=True)
-        training = sum(seen[text].training for text, _ in runs)
-        evaluation = sum(seen[text].evaluation for text, _ in runs)
-        print(f"in all: {len(runs)} runs, training {duration(training)}, evaluation at most {duration(evaluation)}")
-        return 0
-
-    return job
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from yopo_ext.training.run.progress import Progress
 from yopo_ext.training.torchvision_import import import_torchvision
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's names of eight-bit images, by number of channels
@@ -87,10 +89,12 @@ class ImageFiles(torch.utils.data.Dataset[Tensor]):
     def whole(self) -> Tensor:
         """All of them, decoded once."""
         images = torch.empty(self.shape, dtype=torch.uint8)
-        start = 0
-        for part in self.batches(torch.arange(len(self)).split(256)):
-            images[start : start + len(part)] = part
-            start += len(part)
+        start, parts = 0, torch.arange(len(self)).split(256)
+        with closing(Progress("reading images", len(parts))) as progress:
+            for part in self.batches(parts):
+                images[start : start + len(part)] = part
+                start += len(part)
+                progress.advance()
         return images
 
     def identity(self) -> bytes:

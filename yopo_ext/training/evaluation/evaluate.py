@@ -97,12 +97,16 @@ def evaluate(
     *,
     seed: int = 0,
     batch_size: int | None = None,
+    title: str | None = None,
 ) -> Evaluation:
     """Attack every sample of `split` (on the model's device) with every attack, in evaluation mode and true fp32.
 
-    The random starts depend on `seed`, the attack and the image's place in the split alone.
+    The random starts depend on `seed`, the attack and the image's place in the split alone. With a `title` it says how far it
+    is, but no results.
     """
-    found = evaluate_in_parts(model, split, threat, attack_list, seed=seed, batch_size=batch_size)
+    found = evaluate_in_parts(
+        model, split, threat, attack_list, seed=seed, batch_size=batch_size, title=title, announced=False
+    )
     assert found is not None
     return found
 
@@ -119,6 +123,7 @@ def evaluate_in_parts(
     journal: Path | None = None,
     deadline: Deadline | None = None,
     title: str | None = None,
+    announced: bool = True,
     images: SavedImages | None = None,
 ) -> Evaluation | None:
     """`evaluate`, with finished batches kept in the file `journal`; None once the `deadline` passes.
@@ -126,7 +131,7 @@ def evaluate_in_parts(
     A call attacks at least one batch, however short its time. With `survivors_only` an attack is spared the images that
     are classified wrongly already, clean or under an attack before it: `worst` is the same, because an attack's result on
     an image depends on no other image, and `robust` gives what is left after each attack.
-    With a `title` it says how far it is. `images` keeps the attacked images.
+    With a `title` it says how far it is and, if `announced`, what each attack leaves. `images` keeps the attacked images.
     """
     device = split.labels.device
     size = BATCH_SIZES[device.type] if batch_size is None else batch_size
@@ -176,7 +181,8 @@ def evaluate_in_parts(
             odd.update((~finite).nonzero().squeeze(1).tolist())
             alive[:count] &= correct
             accuracy[name] = 100.0 * (alive[:count] if survivors_only else correct).double().mean().item()
-            progress.say(f"{name} {accuracy[name]:.2f} %")
+            if announced:
+                progress.say(f"{name} {accuracy[name]:.2f} %")
     shared = min(counts.values())
     worst = 100.0 * alive[:shared].double().mean().item()
     return Evaluation(len(split), accuracy.pop("clean"), accuracy, worst, shared, len(odd), outcomes)

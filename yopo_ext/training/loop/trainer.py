@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,12 @@ from yopo_ext.training.data.batches import SplitSource
 from yopo_ext.training.data.splits import Dataset
 from yopo_ext.training.evaluation.evaluate import evaluate
 from yopo_ext.training.loop.collapse_alarm import has_fallen, training_alarm
+from yopo_ext.training.loop.course import Course, description, divergence, train_on
 from yopo_ext.training.loop.learner import FabricLearner
 from yopo_ext.training.loop.position import Clock, DivergedError, Position
 from yopo_ext.training.loop.saved_run import saved_run
 from yopo_ext.training.loop.speed import choose_mode, is_open, kept
-from yopo_ext.training.methods import Method, ThreatModel
+from yopo_ext.training.methods import Method
 from yopo_ext.training.optim.schedules import make_schedule
 from yopo_ext.training.run.checkpoint import save_checkpoint
 from yopo_ext.training.run.deadline import Deadline
@@ -99,7 +99,8 @@ class Trainer:
             self.learner.load_state_dict(saved)
             self.selected = saved["selected"]
             self.at = Position(**saved["position"])
-            self._train_on(saved["config"])
+            train_on(self.config, saved["config"], self.at, self.source.batches, shown=self.shown)
+        self.course = Course(self.config, self.at, self.source.batches)
 
     def _choose_mode(self) -> None:
         """Fill in precision, layout and compilation; the first process decides and tells the others."""
@@ -123,7 +124,9 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         total = None if self.config.time_budget else (self.config.epochs or 0) * self.source.batches
-        progress = Progress(f"{self.config.method} seed {self.config.seed}", total, self.at.batches, shown=self.shown)
+        progress = Progress(self.title, total, self.at.batches, shown=self.shown)
+        if not self.course.is_over():
+            progress.say(description(self.config, self.at, self.source.batches, self.device))
         try:
             while self.progress() < 1.0 and self.at.diverged is None:
                 if not self._train_epoch(progress, deadline):
@@ -135,38 +138,20 @@ class Trainer:
                 if log is not None:
                     log.append(record)
                 self._save()
-                progress.epoch(record, last=self._is_over())
+                progress.epoch(record, last=self.course.is_over())
         finally:
             progress.close()
             if log is not None:
                 log.close()
         return self._finish()
 
+    @property
+    def title(self) -> str:
+        return f"{self.config.method} seed {self.config.seed}"
+
     def progress(self, ahead: float = 0.0) -> float:
         """How much of the schedule is done, 0..1, `ahead` batches from here."""
-        if self.config.time_budget is not None:
-            begun = self.at.origin_seconds
-            return min(1.0, (self.at.seconds - begun) / (self.config.time_budget - begun))
-        return self._share(self.at.batches + ahead)
-
-    def _share(self, batches: float) -> float:
-        assert self.config.epochs is not None
-        return (batches - self.at.origin) / (self.config.epochs * self.source.batches - self.at.origin)
-
-    def _progress_after_epoch(self) -> float:
-        if self.config.time_budget is not None:
-            return self.progress()
-        return self._share((self.at.epoch + 1) * self.source.batches)
-
-    def _is_over(self) -> bool:
-        return self.progress() >= 1.0 or self.at.diverged is not None
-
-    def threat_now(self) -> ThreatModel:
-        """The threat model of the batch to come: its eps rises over the eps warm-up, and not again when a run is trained on."""
-        if not self.config.eps_warmup or self.at.origin or self.at.origin_seconds:
-            return self.threat
-        share = min(1.0, self.progress(ahead=0.5) / self.config.eps_warmup)
-        return dataclasses.replace(self.threat, eps=share * self.threat.eps)
+        return self.course.progress(ahead)
 
     def lr(self) -> float:
         """The learning rate of the batch to come."""
@@ -187,8 +172,8 @@ class Trainer:
         for batch in self.source.epoch(self.at.epoch, self.at.batch):
             if self.progress() >= 1.0:
                 break
-            self.learner.progress = self._progress_after_epoch()
-            self.learner.threat = self.threat_now()
+            self.learner.progress = self.course.progress_after_epoch()
+            self.learner.threat = self.course.threat_now(self.threat)
             try:
                 outcome = self.learner.step(batch, self.at.batches, self.lr())
             except DivergedError:
@@ -236,7 +221,7 @@ class Trainer:
         self.learner.synchronise()
         if self.at.diverged is not None or not self.learner.is_finite():
             self.at.diverged = self.at.epoch
-            return record | {"alarm": self._divergence()}
+            return record | {"alarm": divergence(self.at)}
         if self.progress() >= 1.0 or self.at.epoch % (self.config.validate_every or 1) == 0:
             record |= self._validate()
             self.at.curve.append((record["seconds"], record["validation_pgd"]))
@@ -260,7 +245,14 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         attack = PgdAttack(self.config.validation_steps)
-        found = evaluate(self.learner.result, self.dataset.validation, self.threat, [attack], seed=self.config.seed)
+        found = evaluate(
+            self.learner.result,
+            self.dataset.validation,
+            self.threat,
+            [attack],
+            seed=self.config.seed,
+            title=f"{self.title} validation" if self.shown else None,
+        )
         return {"validation_clean": found.clean, "validation_pgd": found.robust[attack.name]}
 
     def _is_selected(self, record: dict[str, Any]) -> bool:
@@ -272,7 +264,7 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         if self.selected is None:
-            raise DivergedError(self._divergence())
+            raise DivergedError(divergence(self.at))
         network = self.learner.result
         network.load_state_dict(self.selected)
         network.eval()
@@ -296,33 +288,6 @@ class Trainer:
                 {"method": self.config.method, **summary, "selected": self.at.selected},
             )
         return result
-
-    def _train_on(self, saved: dict[str, Any]) -> None:
-        """Begin another schedule where the saved run stands, if it is to be longer than the run was."""
-        name, there = ("epochs", self.at.batches / self.source.batches)
-        if self.config.time_budget is not None:
-            name, there = ("time_budget", self.at.seconds)
-        wanted = getattr(self.config, name)
-        if wanted == saved[name]:
-            return
-        if wanted <= there:
-            trained = f"the {there:g} that the run in {self.folder} has been trained for"
-            raise ValueError(f"{name} must be more than {trained}; got {wanted}")
-        self.at.origin, self.at.origin_seconds = self.at.batches, self.at.seconds
-        if self.shown:
-            new = f"over epochs {self.at.epoch + 1} to {wanted}" if name == "epochs" else f"over {wanted - there:.0f} s"
-            print(
-                f"the run in {self.folder} was of {saved[name]:g} {'epochs' if name == 'epochs' else 's'}: a new schedule {new} "
-                f"starts from the weights of epoch {self.at.epoch}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def _divergence(self) -> str:
-        return (
-            f"training diverged in epoch {self.at.diverged}: weights or gradients are not finite; try a lower learning rate, a "
-            "warm-up or gradient clipping"
-        )
 
     def _open_folder(self) -> EpochLog | None:
         if self.folder is None or not self.leads:

@@ -8,8 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Seconds between plain lines: few at first, then a tenth of the time so far, so that a long log stays short.
-SHORTEST_QUIET, LONGEST_QUIET = 5.0, 60.0
+# Seconds until the first plain line and between the others: few at first, then a tenth of the time so far, so that a long log
+# stays short.
+FIRST_QUIET, SHORTEST_QUIET, LONGEST_QUIET = 1.0, 5.0, 30.0
 
 
 class Progress:
@@ -18,6 +19,7 @@ class Progress:
     def __init__(self, title: str, total: int | None, done: int = 0, *, shown: bool = True) -> None:
         self.title, self.total, self.done, self.shown = title, total, done, shown
         self.started = self.said = time.monotonic()
+        self.counted = False  # whether a line has said how far it is
         terminal = shown and sys.stderr.isatty()
         self.bar = (
             tqdm(total=total, initial=done, desc=title, unit="batch", leave=False, dynamic_ncols=True)
@@ -30,6 +32,7 @@ class Progress:
         if self.bar is not None:
             self.bar.update(batches)
         elif self.shown and self._is_due():
+            self.counted = True
             self.say(f"batch {self.done}" + ("" if self.total is None else f" of {self.total}"))
 
     def say(self, text: str) -> None:
@@ -49,8 +52,10 @@ class Progress:
             self.say(text)
 
     def _is_due(self) -> bool:
-        quiet = min(max(SHORTEST_QUIET, 0.1 * (self.said - self.started)), LONGEST_QUIET)
-        return time.monotonic() - self.said > quiet
+        quiet = (
+            min(max(SHORTEST_QUIET, 0.1 * (self.said - self.started)), LONGEST_QUIET) if self.counted else FIRST_QUIET
+        )
+        return time.monotonic() - self.said >= quiet
 
     def close(self) -> None:
         if self.bar is not None:
