@@ -42,6 +42,9 @@ class Attack(ABC):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, starts: Starts) -> Tensor:
         """The perturbation found, [B, C, H, W]."""
 
+    def require(self) -> None:  # noqa: B027  (most need nothing)
+        """Raise ModuleNotFoundError if a package that it needs is not installed."""
+
     def count(self, images: int) -> int:
         """How many of a split's `images` it is tried on."""
         return images if self.samples is None else min(images, self.samples)

@@ -14,6 +14,11 @@ from yopo_ext.training.attacks.suites import SUITES as SUITES
 from yopo_ext.training.nearest import nearest
 from yopo_ext.training.numbers import parse_number
 
+# Those that take no numbers; `pgd-...` and `cw-...` are read below.
+ATTACKS: dict[str, Attack] = {
+    attack.kind: attack for attack in (Apgd(), Apgd(targeted=True), AutoAttack(square=True), AutoAttack())
+}
+
 
 def parse_attack(text: str) -> Attack:
     """The attack written as "pgd-STEPS[-RESTARTS]", "cw-STEPS[-RESTARTS]" (PGD on the margin loss) or by its name.
@@ -24,17 +29,16 @@ def parse_attack(text: str) -> Attack:
     Raises:
         ValueError: for anything else.
     """
-    named: dict[str, Attack] = {a.kind: a for a in (Apgd(), Apgd(targeted=True), AutoAttack(square=True), AutoAttack())}
     found = re.fullmatch(r"((pgd|cw)-([1-9]\d*)(-[1-9]\d*)?(:[^@]+)?|[a-z-]+)(@[1-9]\d*)?", text.strip())
-    close = nearest(text, (*named, "pgd-20", "cw-20"))
-    if found is None or not (found[2] or found[1] in named):
+    close = nearest(text, (*ATTACKS, "pgd-20", "cw-20"))
+    if found is None or not (found[2] or found[1] in ATTACKS):
         raise ValueError(
             "attack must look like pgd-20, pgd-50-10 (steps, restarts), cw-50-10 or pgd-40:0.01 (step size), or be one of "
-            f"{', '.join(named)}, with @1000 after it for the first 1000 images only; got {text!r}{close}"
+            f"{', '.join(ATTACKS)}, with @1000 after it for the first 1000 images only; got {text!r}{close}"
         )
     name, kind, steps, restarts, step_size, images = found.groups()
     if kind is None:
-        attack = named[name]
+        attack = ATTACKS[name]
     else:
         size = None if step_size is None else parse_number(step_size[1:], f"step size in attack {text!r}")
         if size is not None and not size > 0.0:
@@ -54,6 +58,5 @@ def parse_attacks(texts: Sequence[str]) -> list[Attack]:
     if not found or len({attack.name for attack in found}) < len(found):
         raise ValueError(f"attacks must be a list without repetitions, at least one long; got {list(texts)}")
     for attack in found:
-        if isinstance(attack, AutoAttack):
-            attack.require()
+        attack.require()
     return found

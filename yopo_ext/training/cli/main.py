@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     command = COMMANDS[name]
     try:
         given = read(name, arguments)
-        if "torch" not in sys.modules:
-            print(f"yopo-ext {name}: loading PyTorch", file=sys.stderr, flush=True)
+        _load_pytorch(name)
         job = command.prepare(given)
         if given["dry_run"]:  # which constructs what the run would, and so meets the same errors
             return job()
@@ -75,6 +75,18 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return job()
     except (OSError, FloatingPointError) as error:  # a full disk, a damaged image, weights that are not finite
         return _failed(name, error, 1)
+
+
+def _load_pytorch(name: str) -> None:
+    """Import it and say so: it takes seconds, and on a busy machine many."""
+    if "torch" in sys.modules:
+        return
+    print(f"yopo-ext {name}: loading PyTorch", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    import torch  # noqa: F401
+
+    if (seconds := time.monotonic() - started) > 2.0:
+        print(f"yopo-ext {name}: PyTorch loaded in {seconds:.0f} s; preparing", file=sys.stderr, flush=True)
 
 
 def _failed(name: str, error: Exception, status: int) -> int:
