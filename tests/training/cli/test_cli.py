@@ -131,7 +131,7 @@ def test_yaml_and_command_line_combine(tmp_path, capsys):
         (["train", "--schedule", "piecewise"], "milestones must be given for schedule 'piecewise'"),
         (
             ["train", "--precision", "16-mixed", "--accelerator", "cpu"],
-            "precision must be '32-true' or 'bf16-mixed' on a",
+            "precision must be 'auto', '32-true' or 'bf16-mixed' on a",
         ),
         (["train", "--out", ""], "out must name a folder; got ''"),
         (["train", "--model", "timm/no-such-net"], "(timm is not installed, or has no such model)"),

@@ -51,7 +51,14 @@ def test_defaults_in_words():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--help"], ["evaluate", "--help"], ["--version"], ["train", "--epoch", "3"]]
+    "arguments",
+    [
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["--version"],
+        ["train", "--epoch", "3"],
+        ["train", "--method", "ypo"],
+    ],
 )
 def test_answers_do_not_wait_for_pytorch(arguments):
     """PyTorch alone takes longer to import than a question of this kind may take."""

@@ -23,7 +23,7 @@ from yopo_ext.training.cli.options import (
     options_of,
     read_yaml,
 )
-from yopo_ext.training.config.method_options import declared_methods
+from yopo_ext.training.config.method_options import check_method_name, declared_methods
 from yopo_ext.training.config.schema import PRESETS, CompareConfig, EvaluateConfig, TrainConfig
 from yopo_ext.training.nearest import nearest, unknown
 
@@ -121,7 +121,7 @@ def read(name: str, arguments: Sequence[str]) -> dict[str, Any]:
     """What was given on the command line and in the YAML file it names, by name.
 
     Raises:
-        OSError, ValueError: for the file, or for a data set or a method that does not exist.
+        OSError, ValueError: for the file, or for a data set, a method or a checkpoint that does not exist.
         SystemExit: for the command line.
     """
     parser = make_parser(name)
@@ -130,6 +130,10 @@ def read(name: str, arguments: Sequence[str]) -> dict[str, Any]:
         given = {**read_yaml(Path(path), COMMANDS[name].options()), **given}
     if given.get("dataset", "digits") not in PRESETS:
         raise unknown("dataset", given["dataset"], PRESETS)
+    for method in (given.get("method", "natural"), *given.get("methods", ())):
+        check_method_name(method)
+    if not Path(given.get("checkpoint", ".")).exists():
+        raise FileNotFoundError(f"no checkpoint at {given['checkpoint']}")
     return given
 
 

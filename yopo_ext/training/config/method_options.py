@@ -7,10 +7,13 @@ cost seconds. A test holds what is read here against the classes.
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Optional
+
+from yopo_ext.training.nearest import nearest
 
 FOLDER = Path(__file__).parent.parent / "methods"
 TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str}
@@ -42,6 +45,14 @@ def declared_methods() -> dict[str, dict[str, Declaration]]:
         return {**inherited, **classes[cls][2]}
 
     return {str(classes[cls][0]): options(cls) for cls in _listed()}
+
+
+def check_method_name(text: str) -> None:
+    """Raise ValueError unless the text, "yopo-5-3:persist" say, begins with the name of a method."""
+    names, head = declared_methods(), text.strip().partition(":")[0]
+    if not any(head == name or head.startswith(f"{name}-") for name in names):
+        close = nearest(re.sub(r"(-\d+)+$", "", head), names)
+        raise ValueError(f"method must be one of {', '.join(names)}; got {head!r}{close}")
 
 
 def _listed() -> list[str]:
