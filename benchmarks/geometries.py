@@ -1,7 +1,6 @@
 """Whether the first-layer operation ever loses to what a PyTorch user can write, over many geometries.
 
     yopo_ext    the operation, by the route that its costs choose (`yopo_ext.explain`)
-    kernel      the package's kernels, whatever the costs say;  library: the library's products, likewise
     collapsed   the best composition in PyTorch, in its faster layout;  eager: the iterated definition
 
 `ratio` is the faster composition's time over the operation's, round by round: its median and quartiles. A row fails if
@@ -116,18 +115,19 @@ def forced(operator: Callable[..., Any], function: Callable[[], Any]) -> Callabl
     return run
 
 
-def run(case: Case, seconds: float) -> dict[str, Any]:
+def run(case: Case, seconds: float, routes: bool = False) -> dict[str, Any]:
     inputs = Inputs.of(case, case.layout)
     other = LAST if case.layout == torch.contiguous_format else torch.contiguous_format
     swapped = Inputs.of(case, other)
     variants: dict[str, Callable[[], Any]] = {
         "yopo_ext": lambda: first_layer.ours(case, inputs),
-        "kernel": forced(ops.first_layer_update, lambda: first_layer.ours(case, inputs)),
-        "library": forced(ops.first_layer_update_library, lambda: first_layer.ours(case, inputs)),
         "eager": lambda: first_layer.eager(case, inputs),
         "collapsed": lambda: first_layer.collapsed(case, inputs),
         "collapsed, other layout": lambda: first_layer.collapsed(case, swapped),
     }
+    if routes:
+        for name, operator in (("kernel", ops.first_layer_update), ("library", ops.first_layer_update_library)):
+            variants[name] = forced(operator, variants["yopo_ext"])
     expected = variants["yopo_ext"]()
     for name, function in variants.items():
         first_layer.verify(case, expected, function(), name)
@@ -151,12 +151,15 @@ def run(case: Case, seconds: float) -> dict[str, Any]:
 def main() -> int:
     parser = measure.parser(__doc__.splitlines()[0], seconds=2.0)
     parser.add_argument("--drawn", type=int, default=20, help="geometries to draw (default: 20)")
+    parser.add_argument(
+        "--routes", action="store_true", help="also time the kernels and the library, whatever is chosen"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads or 1)
     rows = [c for c in (*cases(), *drawn(options.drawn)) if options.only in c.name]
     results, failed = [], 0
     for number, case in enumerate(rows, 1):
-        r = run(case, options.seconds)
+        r = run(case, options.seconds, options.routes)
         results.append(r)
         ratio = r["ratio"]
         below = ratio["ratio_q3"] < LEAST
@@ -164,7 +167,8 @@ def main() -> int:
         print(
             f"{number:3d}/{len(rows)} C{case.channels} K{case.kernels} {case.size}: {case.name:40s} {r['ms']['yopo_ext']:9.3f} ms "
             f"{ratio['ratio']:6.2f}x ({ratio['ratio_q1']:.2f} .. {ratio['ratio_q3']:.2f}) of {r['best']}, "
-            f"kernel {r['ms']['kernel']:.3f}, library {r['ms']['library']:.3f}, {r['route'].split(',')[0]}"
+            f"{r['route'].split(',')[0]}"
+            + "".join(f", {name} {r['ms'][name]:.3f}" for name in ("kernel", "library") if name in r["ms"])
             + (" BELOW" if below else ""),
             flush=True,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_arguments
+from processes import call
 from variants import AFFINE_PARTS, VARIANTS
 
 import yopo_ext
@@ -57,6 +58,21 @@ def test_graph_capture(name, activation):
         graph.replay()
         torch.cuda.synchronize()
         assert_bitwise_equal(results, ops.first_layer_update(*arguments), f"{name}, replay {seed}")
+
+
+def first_call_in_a_capture() -> None:
+    arguments = problem()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ops.first_layer_update(*arguments)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_bitwise_equal(results, ops.first_layer_update(*arguments))
+
+
+def test_the_first_call_may_be_captured(tmp_path):
+    """In a process of its own: kernels are loaded when they are first wanted."""
+    call(first_call_in_a_capture, folder=tmp_path)
 
 
 def test_no_synchronisation():

@@ -42,15 +42,20 @@ def a_t4(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(9, 0), (7, 5)][i])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["an H200", "a T4"][i])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    native.why_not_device.cache_clear()
+    for cache in (native.why_not_device.cache_clear, dispatch._choices.clear):
+        cache()
     yield
-    native.why_not_device.cache_clear()
+    for cache in (native.why_not_device.cache_clear, dispatch._choices.clear):
+        cache()
 
 
 def on(device: str) -> tuple:
     """A CIFAR stem's arguments as if x were on the device."""
     x, *rest = make_arguments(kernels=64, size=(32, 32))
-    return (SimpleNamespace(device=torch.device(device), shape=x.shape, element_size=x.element_size), *rest)
+    return (
+        SimpleNamespace(device=torch.device(device), shape=x.shape, dtype=x.dtype, element_size=x.element_size),
+        *rest,
+    )
 
 
 def test_an_old_gpu_gets_the_reference_and_one_warning(a_t4):

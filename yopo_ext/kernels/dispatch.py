@@ -67,7 +67,7 @@ def _why_not_device(index: int | None) -> str | None:
     return native.why_not_device(torch.cuda.current_device() if index is None else index)
 
 
-def _why_not_native(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | None:
+def _why_not_native(x: torch.Tensor) -> str | None:
     status = ops.native_status
     if x.device.type == "cpu":
         reason = status.why_not_cpu
@@ -78,12 +78,32 @@ def _why_not_native(x: torch.Tensor, *tensors: torch.Tensor | None) -> str | Non
     return reason
 
 
+_choices: dict[tuple, Choice] = {}  # what was chosen, by all that a choice depends on
+_MOST_CHOICES = 1024
+
+
 def choose(x, eta, costate, weight, bias, scale, shift, *rest) -> Choice:
     """The choice for the operator's own arguments (see `yopo_ext.kernels.ops`); reads only shapes, dtypes and devices."""
+    if torch.compiler.is_compiling():
+        return _choose(x, costate, weight, rest)
+    _, _, stride, padding, dilation, groups, activation, _, steps, *_, norm, _, output, sums, tf32 = rest
+    key = (
+        x.shape, x.dtype, x.device, costate.shape, costate.dtype, weight.shape, *stride, *padding, *dilation, groups,
+        activation, steps, norm, output, sums, tf32,
+    )  # fmt: skip
+    found = _choices.get(key)
+    if found is None:
+        if len(_choices) >= _MOST_CHOICES:
+            _choices.clear()
+        found = _choices[key] = _choose(x, costate, weight, rest)
+    return found
+
+
+def _choose(x: torch.Tensor, costate: torch.Tensor, weight: torch.Tensor, rest: tuple) -> Choice:
     activation, steps = rest[6], rest[8]
     affine = activation == ACTIVATIONS["identity"]
     loop = "collapsed (affine first layer: cost independent of steps)" if affine else f"{steps} iterated steps"
-    reason = _why_not_native(x, eta, costate, weight)
+    reason = _why_not_native(x)
     if reason is not None:
         return Choice("reference", loop, (reason,))
     reason = costs.why_library(_problem(x, costate, weight, rest), x.device.type)
