@@ -1,6 +1,6 @@
 # make demo   what training needs, the kernels, and the comparison of natural, PGD, FGSM and YOPO training on real digits
 # make test   what testing needs, the kernels, tests (aim: 5 minutes on 2 cores); compiles no CUDA unless YOPO_CUDA says so
-# make test TORCH=2.15.0   the same on another torch, in an environment of its own
+# make test TORCH=2.14.1   the same on another torch, in an environment of its own
 # make test-long   what takes longer (at most 40 minutes): slow tests, other instruction sets, thread counts and orders, CUDA
 # make bench  the CPU benchmarks (within 10 minutes), the README's tables; make bench-digits: the README's comparison
 # make test-gpu, make bench-gpu   on a machine with an NVIDIA GPU, nvcc and torch in $(PYTHON); nothing is fetched

@@ -3,7 +3,7 @@
 # instruction sets, numbers of threads and in random order. Arguments: pytest's options for a parallel run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-step() { echo; echo "== $* =="; }
+step() { echo; echo "== after $((SECONDS / 60)) minutes: $* =="; }
 run() { python -m pytest "$@"; }
 export PYTHONPATH="$PWD"
 

@@ -1,7 +1,7 @@
 // Layer 0. Activations and their slopes; at the kink relu' = 0 and leaky_relu' = negative_slope.
 //
-// To add one: a row here, a row in `dispatch_activation`, its number in params.h and yopo_ext/kernels/constants.py, and its
-// definition in yopo_ext/kernels/reference.py.
+// To add one: a row here, a row in `dispatch_activation`, its number in params.h and yopo_ext/kernels/constants.py, and
+// its definition in yopo_ext/kernels/reference.py.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Layer 2. The operator's arguments (schema: yopo_ext/kernels/ops.py) as Params, and its results as tensors. LibTorch stable
-// ABI only.
+// Layer 2. The operator's arguments (schema: yopo_ext/kernels/ops.py) as Params, and its results as tensors. LibTorch
+// stable ABI only.
 //
 // Shapes, devices and value ranges were checked in Python; what is checked here is what memory safety rests on.
 #pragma once
