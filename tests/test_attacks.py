@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from yopo_ext.attacks import AdmissibleSet, cross_entropy, margin, pgd
+from yopo_ext.attacks import cross_entropy, margin, pgd
+from yopo_ext.threat import ThreatModel
 
 
 class Linear(nn.Module):
@@ -49,7 +50,7 @@ def assert_admissible(x, eta, eps, norm, bounds=(0.0, 1.0)):
 @given(
     seed=st.integers(0, 10_000),
     eps=st.floats(0, 0.99),
-    step_size=st.floats(0, 2),
+    step_size=st.floats(0, 0.99),
     steps=st.integers(0, 4),
     restarts=st.integers(1, 3),
     norm=st.sampled_from(["linf", "l2"]),
@@ -87,7 +88,7 @@ def test_linf_reaches_the_brute_force_optimum_of_a_linear_model(seed, eps, label
     x = torch.rand(1, 1, 2, 3, generator=generator, dtype=torch.float64)
     model = Linear(torch.randn(1, 2, 3, generator=generator, dtype=torch.float64))
     y = torch.tensor([label])
-    ball = AdmissibleSet(x, eps, "linf", (0.0, 1.0)).interval
+    ball = ThreatModel(eps).around(x).interval
     corners = [
         torch.where(torch.tensor(bits).view(1, 1, 2, 3), ball.b, ball.a)
         for bits in itertools.product([False, True], repeat=6)
@@ -159,7 +160,7 @@ def test_attack_changes_predictions_where_noise_does_not():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_uniform_start_fills_the_ball(norm):
     x = torch.full((2000, 1, 1, 2), 0.5)
-    eta = AdmissibleSet(x, 0.2, norm, (0.0, 1.0)).uniform(torch.Generator().manual_seed(0))
+    eta = ThreatModel(0.2, norm=norm).around(x).uniform(torch.Generator().manual_seed(0))
     assert_admissible(x, eta, 0.2, norm)
     inner = (eta.abs().amax((1, 2, 3)) if norm == "linf" else eta.flatten(1).norm(dim=1)) < 0.1
     # In two dimensions half the radius holds a quarter of the volume, in either norm.

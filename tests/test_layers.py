@@ -53,10 +53,10 @@ PYTHON_CORE: dict[str, set[str]] = {
     # facts and settings
     "_version": set(),
     "compilation": set(),
-    "model_state": set(),
+    "validation": set(),
+    # the operator, and the choice of a backend
+    "kernels/__init__": set(),
     "kernels/constants": set(),
-    "validation": {"kernels/constants"},
-    # the operator and its functions
     "kernels/native": {"_version"},
     "kernels/reference": {"kernels/constants"},
     "kernels/costs": set(),
@@ -65,35 +65,47 @@ PYTHON_CORE: dict[str, set[str]] = {
     "kernels/dispatch": {
         "compilation", "kernels/constants", "kernels/costs", "kernels/native", "kernels/ops", "kernels/reference",
     },
-    "build": {"_version", "kernels/constants", "kernels/ops", "validation"},
-    "functional": {"kernels/constants", "kernels/dispatch", "validation"},
-    # the first layer as an autograd node
-    "first_layer/normalisation": set(),
-    "first_layer/fused_node": {"kernels/dispatch", "kernels/ops", "kernels/reference", "validation"},
-    "first_layer/batch_norm_node": {"first_layer/fused_node", "kernels/reference"},
-    "first_layer/autograd_node": {"compilation", "kernels/constants", "first_layer/fused_node"},
+    "threat": {"kernels/constants", "kernels/reference", "validation"},
+    "model_state": set(),
+    # the first layer: what it is, and the autograd nodes in its place
+    "first_layer/__init__": set(),
+    "first_layer/normalisation": {"kernels/reference", "validation"},
     "first_layer/describe": {"kernels/constants", "first_layer/normalisation"},
+    "first_layer/fused_node": {
+        "kernels/constants", "kernels/dispatch", "kernels/ops", "kernels/reference", "first_layer/normalisation", "threat",
+        "validation",
+    },
+    "first_layer/batch_norm_node": {"first_layer/fused_node", "first_layer/normalisation", "kernels/reference"},
+    "first_layer/autograd_node": {
+        "compilation", "kernels/constants", "first_layer/fused_node", "first_layer/normalisation", "model_state",
+    },
     "first_layer/stand_in": {
-        "first_layer/autograd_node", "first_layer/batch_norm_node", "first_layer/describe", "first_layer/fused_node",
-        "first_layer/normalisation",
+        "compilation", "first_layer/autograd_node", "first_layer/batch_norm_node", "first_layer/describe",
+        "first_layer/fused_node", "first_layer/normalisation", "model_state", "threat",
+    },
+    "first_layer/outputs": set(),
+    "first_layer/watch": {
+        "first_layer/describe", "first_layer/normalisation", "first_layer/outputs", "first_layer/stand_in", "model_state",
+    },
+    "first_layer/fingerprint": set(),
+    "first_layer/inspect": {
+        "first_layer/describe", "first_layer/fingerprint", "first_layer/normalisation", "first_layer/watch", "model_state",
+        "threat", "validation",
     },
     "first_layer/full_pass": {
-        "kernels/dispatch", "first_layer/describe", "first_layer/fused_node", "first_layer/normalisation",
-        "first_layer/stand_in",
+        "kernels/constants", "first_layer/describe", "first_layer/fused_node", "first_layer/inspect",
+        "first_layer/normalisation", "first_layer/outputs", "first_layer/stand_in", "first_layer/watch", "model_state", "threat",
     },
-    # steps and attacks
-    "attacks": {"kernels/reference", "model_state", "validation"},
-    "guard": {"first_layer/full_pass"},
-    "preparation": {
-        "attacks", "kernels/constants", "guard", "first_layer/fused_node", "first_layer/full_pass",
-        "first_layer/normalisation", "validation",
+    # the public calls
+    "functional": {"_version", "kernels/constants", "kernels/dispatch", "kernels/ops", "threat", "validation"},
+    "attacks": {"first_layer/normalisation", "model_state", "threat", "validation"},
+    "problem": {
+        "kernels/dispatch", "first_layer/full_pass", "first_layer/inspect", "first_layer/normalisation",
+        "first_layer/watch", "model_state", "threat", "validation",
     },
-    "step": {"compilation", "model_state", "first_layer/full_pass", "preparation", "validation"},
-    # what a user sees
-    "__init__": {"_version", "build", "functional", "step"},
+    "step": {"compilation", "first_layer/full_pass", "model_state", "problem", "threat", "validation"},
+    "__init__": {"_version", "functional", "step"},
     "__main__": set(),
-    "kernels/__init__": set(),
-    "first_layer/__init__": set(),
 }  # fmt: skip
 PACKAGE = ROOT / "yopo_ext"
 CORE_FILES = sorted(p for folder in ("", "first_layer", "kernels") for p in (PACKAGE / folder).glob("*.py"))

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .build import build_info
-    from .functional import FirstLayerUpdate, adversary_steps, explain, first_layer_update
+    from .functional import FirstLayerUpdate, adversary_steps, build_info, explain, first_layer_update
     from .step import StepResult, trades_yopo_step, yopo_step
 
 __all__ = [
@@ -29,13 +28,13 @@ _HOMES = {
     "FirstLayerUpdate": "functional",
     "StepResult": "step",
     "adversary_steps": "functional",
-    "build_info": "build",
+    "build_info": "functional",
     "explain": "functional",
     "first_layer_update": "functional",
     "trades_yopo_step": "step",
     "yopo_step": "step",
 }
-_MODULES = ("attacks", "build", "functional", "step")  # that are attributes without being imported by name
+_MODULES = ("attacks", "functional", "step", "threat")  # that are attributes without being imported by name
 
 
 def __getattr__(name: str) -> Any:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .kernels.constants import NORMS
-from .kernels.dispatch import choose, describe, resolve_allow_tf32
+from ._version import __version__
+from .kernels import ops
+from .kernels.constants import ACTIVATIONS, NORMS
+from .kernels.dispatch import describe, resolve_allow_tf32, run
+from .threat import ThreatModel
 from .validation import Constants
 
 IntOrPair = int | Sequence[int]
@@ -62,27 +65,17 @@ def _arguments(
     def parameter(name: str, value: Tensor | None) -> Tensor | None:
         return None if value is None else validation.tensor(name, value, (kernels,), like=x).to(x.dtype)
 
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std must be given together; got only one of them")
-    mean_values = [] if mean is None else validation.constants("mean", mean, channels)
-    std_values = [] if std is None else validation.constants("std", std, channels)
-    if std_values and min(std_values) <= 0:
-        raise ValueError(f"std must be > 0; got {min(std_values)}")
-    eps, step_size, lo, hi = validation.threat_model(eps, step_size, bounds, norm, channels)
+    mean, std = map(list, validation.normalisation(mean, std, channels))
+    ball = ThreatModel(eps, step_size, norm, bounds).around(x)
     if not isinstance(mask_start, bool):
         raise TypeError(f"mask_start must be True or False; got {type(mask_start).__name__}")
     return (
         x, eta, costate, weight.to(x.dtype), parameter("bias", bias), parameter("scale", scale),
-        parameter("shift", shift), mean_values, std_values, stride, padding, dilation, groups,
-        validation.activation(activation), float(negative_slope), validation.integer("steps", steps, 0),
-        step_size, eps, lo, hi, NORMS[norm], mask_start, bool(need_output), bool(need_weight_grad),
-        resolve_allow_tf32(allow_tf32),
+        parameter("shift", shift), mean, std, stride, padding, dilation, groups,
+        ACTIVATIONS[validation.choice("activation", activation, ACTIVATIONS)], float(negative_slope),
+        validation.integer("steps", steps, 0), *ball.operator_constants, NORMS[norm], mask_start, bool(need_output),
+        bool(need_weight_grad), resolve_allow_tf32(allow_tf32),
     )  # fmt: skip
-
-
-def _run(arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return choose(*arguments).run(*arguments)
 
 
 def first_layer_update(
@@ -154,7 +147,8 @@ def first_layer_update(
         step_size=step_size, eps=eps, norm=norm, bounds=bounds, mask_start=mask_start, allow_tf32=allow_tf32,
         need_output=need_output, need_weight_grad=need_weight_grad,
     )  # fmt: skip
-    new_eta, output, grad_weight, grad_bias, grad_scale, grad_shift = _run(arguments)
+    with torch.no_grad():
+        new_eta, output, grad_weight, grad_bias, grad_scale, grad_shift = run(*arguments)
 
     def grad(value: Tensor, parameter: Tensor | None) -> Tensor | None:
         return value.to(parameter.dtype) if need_weight_grad and parameter is not None else None
@@ -179,3 +173,25 @@ def explain(x: Tensor, eta: Tensor, costate: Tensor, weight: Tensor, bias: Tenso
     """Which backend and variant `first_layer_update` would run for these arguments, and why not a faster one."""
     defaults = first_layer_update.__kwdefaults__ or {}
     return describe(*_arguments(x, eta, costate, weight, bias, **{**defaults, **options}))
+
+
+def build_info() -> dict[str, object]:
+    """Versions, native libraries (or why one is missing), CUDA architectures, dtypes and activations, as plain data."""
+    status = ops.native_status
+
+    def names(dtypes: tuple[torch.dtype, ...]) -> list[str]:
+        return [str(d).removeprefix("torch.") for d in dtypes]
+
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "cpu_kernels": status.cpu,
+        "cpu_kernels_reason": status.why_not_cpu,
+        "cuda_kernels": status.cuda,
+        "cuda_kernels_reason": status.why_not_cuda,
+        "input_dtypes": names(validation.X_DTYPES),
+        "costate_dtypes": names((*validation.COSTATE_DTYPES, torch.float64)),
+        "activations": list(ACTIVATIONS),
+        "norms": list(NORMS),
+        "build": status.build,
+    }

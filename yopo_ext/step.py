@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, NamedTuple
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from . import validation
 from .compilation import not_traced
-from .first_layer.full_pass import restored_buffers_on_error, unsynchronised
-from .model_state import evaluating, frozen_parameters
-from .preparation import LossFunction, Preparation
+from .first_layer.full_pass import Gradients
+from .model_state import evaluating, frozen_parameters, unsynchronised
+from .problem import Forward, LossFunction, Problem
+from .threat import ThreatModel
 from .validation import Constants
 
 
@@ -41,7 +42,7 @@ def yopo_step(
     x: Tensor,
     y: Any,
     *,
-    first_layer: nn.Module | str | None = None,
+    first_layer: nn.Module | str | Sequence[nn.Module | str] | None = None,
     loss_fn: LossFunction = F.cross_entropy,
     outer_steps: int = 5,
     inner_steps: int = 3,
@@ -55,6 +56,7 @@ def yopo_step(
     reduction: Literal["mean", "sum"] | None = None,
     train_on: Literal["all", "last"] = "all",
     init: Literal["uniform", "zero"] | Tensor = "uniform",
+    forward: Forward | None = None,
     backward: Callable[[Tensor], Any] | None = None,
     after_pass: Callable[[int], Any] | None = None,
     generator: torch.Generator | None = None,
@@ -67,33 +69,39 @@ def yopo_step(
     the first and the costate p = dL/d(first-layer output); with p fixed, n = `inner_steps` projected gradient steps on
     <p, first_layer(x + eta)> move eta. The model runs in the modes it is in, once per pass (BatchNorm statistics move m
     times). Nothing is zeroed and no optimizer is stepped; the cost is 3m units (forward = input gradient = weight
-    gradient = 1), 2m + 1 with `train_on="last"`. The first pass through a model, in training and in evaluation mode, is
-    looked at closely and runs uncompiled.
+    gradient = 1), 2m + 1 with `train_on="last"`. Before the first pass through a model, and when its modules, modes or the
+    kind of x change, one eager forward on at most two synthetic images finds the first layer; it leaves the model,
+    `.grad` and random states as they are (not restored: contents of mutable attributes, and what hooks do elsewhere).
 
     Args:
-        model: called as `model(u)`, u = x + eta, or (u - mean) / std if those are given. May be wrapped in
-            torch.compile, DistributedDataParallel or Lightning Fabric (then give `backward=fabric.backward`). Its
-            output must depend on the input through the first layer only.
+        model: called as `model(u)`, u = x + eta, or (u - mean) / std if those are given, in the dtype of a model in half
+            precision. May be wrapped in torch.compile, DistributedDataParallel, fully_shard or Lightning Fabric (then give
+            `backward=fabric.backward`). Its output must depend on the input through the first layer only.
         x: images [B, C, H, W], float32 or float64, within `bounds`.
         y: passed on to `loss_fn`; for cross-entropy int64 labels [B].
         first_layer: a submodule or its dotted name: a convolution, a Sequential of [normalisation,] convolution
-            [, BatchNorm2d] [, activation], or any other module (through autograd, slower, said once). None: the one
-            that a timm model declares, or else the first Conv2d or Linear that is executed on the input.
-            What normalises the input before it is found in the first step, and taken as constants from then on.
+            [, BatchNorm2d] [, activation], or any other module (through autograd, slower, said once). A sequence of
+            modules or names: modules that run one after the other from the input. None: the one that a timm model
+            declares, or else the first Conv2d or Linear that is executed on the input. Constants by which the model
+            normalises its input before that layer are found, and found anew when they change.
         loss_fn: `loss_fn(model output, y)` -> scalar, to be lowered by the weights and raised by eta.
         outer_steps, inner_steps: m >= 1, n >= 1.
-        eps, step_size: radius of the ball and length of an inner step, >= 0, in the units of x; numbers or [C] (L2:
-            numbers).
+        eps, step_size: radius of the ball and length of an inner step, >= 0, in the units of x; numbers, one per channel
+            ([C] or [C, 1, 1]), or tensors that broadcast to x (L2: numbers).
         norm: "linf" or "l2".
-        bounds: (lo, hi) of a pixel, numbers or [C]; None: unbounded.
-        mean, std: input normalisation, numbers or [C], std > 0.
-        gradient: what the weights get from pass j. "paper": dL(x + eta_j), the first layer instead that of
-            <p_j, first_layer(x + eta_{j+1})>. "full": dL(x + eta_j) everywhere. "released": as the authors' code,
-            "paper" with the sum of both in the first layer; its random start is not projected on `bounds`.
+        bounds: (lo, hi) of a pixel, as eps; None: unbounded.
+        mean, std: input normalisation, numbers or one per channel, std > 0.
+        gradient: which gradient pass j adds to `.grad`. "full": the ordinary gradient at x + eta_j, for all layers.
+            "paper": the same above the first layer; in the first layer the gradient of <p_j, first_layer(x + eta_{j+1})>,
+            that is, at the perturbation the inner steps arrived at. "released": as the authors' code, the sum of both in
+            the first layer; its random start is not projected on `bounds`, and where it leaves them the first
+            inner step does not move it.
         reduction: "mean" or "sum" over the passes that train; None: "mean", for "released" "sum". Losses are
             reported undivided.
         train_on: "last" computes no weight gradient in the passes before the last.
         init: eta_0: "uniform" in the ball, projected; "zero"; or a tensor like x, taken as it is.
+        forward: called as `forward(model, u)` instead of `model(u)`: for other signatures, several inputs, or outputs that
+            hold the logits. The inspection calls it with the unwrapped model.
         backward: called instead of `loss.backward()`, for instance `lambda loss: scaler.scale(loss).backward()`.
         after_pass: called with j when the gradients of pass j are complete and reduced over processes, if it trains;
             it may step and zero an optimizer (gradients are divided by m all the same, unless `reduction="sum"`).
@@ -108,7 +116,8 @@ def yopo_step(
 
     Raises:
         ValueError, TypeError: naming the argument, what it was and what is allowed; before any `.grad` or buffer
-            changes (what only a forward pass can show: in the first step of a model).
+            changes. What a pass shows only later (another way from the input to the output that is new, on an accelerator one
+            step late) is raised after it: gradients that were None are None again, others the message calls unusable.
         FloatingPointError: see `on_nonfinite`.
     """
     validation.choice("gradient", gradient, ("paper", "released", "full"))
@@ -117,51 +126,40 @@ def yopo_step(
         validation.choice("reduction", reduction, ("mean", "sum"))
     one_update = after_pass is None  # else every pass is an update of its own, and a mean would divide its step
     mean_over_passes = reduction == "mean" or (reduction is None and gradient != "released" and one_update)
-    step = Preparation(
-        model, x, y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps, inner_steps=inner_steps,
-        eps=eps, step_size=step_size, norm=norm, bounds=bounds, mean=mean, std=std, backward=backward,
-        after_pass=after_pass, generator=generator, on_nonfinite=on_nonfinite, validate=validate,
-    )  # fmt: skip
-    eta = step.start(init, project=gradient != "released")
-    scale = 1.0 / outer_steps if mean_over_passes and train_on == "all" else 1.0
-    where = {"gradient_before": gradient != "paper", "gradient_after": gradient != "full"}
-    mask_start = gradient == "released"  # whose start is not projected, and whose clamp has no gradient there
-    losses: list[Tensor] = []
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        problem = Problem(
+            model=model, x=x, y=y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps,
+            inner_steps=inner_steps, threat=ThreatModel(eps, step_size, norm, bounds), mean=mean, std=std, forward=forward,
+            backward=backward, after_pass=after_pass, generator=generator, on_nonfinite=on_nonfinite, validate=validate,
+            mask_start=gradient == "released",
+        )  # fmt: skip
+        eta = problem.start(init, project=gradient != "released")
+        problem.begin()
+        if train_on == "all":
+            problem.warn_of_optimizers_in_hooks()
+        scale = 1.0 / outer_steps if mean_over_passes and train_on == "all" else 1.0
+        gradients = Gradients(before=gradient != "paper", after=gradient != "full")
+        losses: list[Tensor] = []
         for j in range(outer_steps):
             last = j == outer_steps - 1
             if train_on == "all" or last:
-                result = step.passes.run(
-                    eta,
-                    step.objective,
-                    mask_start=mask_start,
-                    scale=scale,
-                    synchronise=last or after_pass is not None,
-                    more=not last and after_pass is None,
-                    **where,
+                synchronise = last or after_pass is not None
+                eta, loss, output = problem.full_pass(
+                    eta, problem.objective, gradients, scale=scale, synchronise=synchronise
                 )
             else:
-                with frozen_parameters(model), frozen_parameters(step.trained_loss):
-                    result = step.passes.run(
-                        eta,
-                        step.objective,
-                        gradient_before=False,
-                        gradient_after=False,
-                        mask_start=mask_start,
-                        synchronise=False,
-                        more=True,
-                    )
-            eta = result.eta
-            losses.append(result.loss)
+                with frozen_parameters(problem.model), frozen_parameters(problem.trained_loss):
+                    eta, loss, output = problem.full_pass(eta, problem.objective, NO_GRADIENTS, synchronise=False)
+            losses.append(loss)
             if last or (after_pass is not None and train_on == "all"):
-                if not step.guard.accepts(losses):
+                if not problem.guard.accepts(losses):
                     break
                 if after_pass is not None:
                     after_pass(j)
                     if not last:
-                        step.guard.remember()
-    losses += [torch.full_like(losses[0], math.nan)] * (outer_steps - len(losses))
-    return StepResult(result.loss, torch.stack(losses), result.output, eta)
+                        problem.guard.remember()
+        losses += [torch.full_like(losses[0], math.nan)] * (outer_steps - len(losses))
+        return StepResult(loss, torch.stack(losses), output, eta)
 
 
 @not_traced
@@ -171,7 +169,7 @@ def trades_yopo_step(
     y: Any,
     *,
     beta: float = 6.0,
-    first_layer: nn.Module | str | None = None,
+    first_layer: nn.Module | str | Sequence[nn.Module | str] | None = None,
     loss_fn: LossFunction = F.cross_entropy,
     outer_steps: int = 5,
     inner_steps: int = 3,
@@ -183,6 +181,7 @@ def trades_yopo_step(
     std: Constants | None = None,
     bn_mode: Literal["eval", "train"] = "eval",
     init: Literal["normal"] | Tensor = "normal",
+    forward: Forward | None = None,
     backward: Callable[[Tensor], Any] | None = None,
     generator: torch.Generator | None = None,
     on_nonfinite: Literal["ignore", "skip", "raise"] = "ignore",
@@ -212,37 +211,40 @@ def trades_yopo_step(
     """
     validation.choice("bn_mode", bn_mode, ("eval", "train"))
     validation.number("beta", beta, 0.0)
-    step = Preparation(
-        model, x, y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps, inner_steps=inner_steps,
-        eps=eps, step_size=step_size, norm=norm, bounds=bounds, mean=mean, std=std, backward=backward, after_pass=None,
-        generator=generator, on_nonfinite=on_nonfinite, validate=validate,
-    )  # fmt: skip
-    eta = step.small_start(init, 1e-3)
-    losses: list[Tensor] = []
-    with torch.enable_grad(), ExitStack() as attack:
-        attack.enter_context(frozen_parameters(model))
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as attack:
+        problem = Problem(
+            model=model, x=x, y=y, first_layer=first_layer, loss_fn=loss_fn, outer_steps=outer_steps,
+            inner_steps=inner_steps, threat=ThreatModel(eps, step_size, norm, bounds), mean=mean, std=std, forward=forward,
+            backward=backward, after_pass=None, generator=generator, on_nonfinite=on_nonfinite, validate=validate,
+        )  # fmt: skip
+        model = problem.model
         if bn_mode == "eval":
             attack.enter_context(evaluating(model))
-        with torch.no_grad(), restored_buffers_on_error(model, step.passes.is_new), unsynchronised(model):
-            output = _logits(model(step.normalised(step.x)))
-            step.learn_classes(output)
-            clean = output.log_softmax(1)
-        for j in range(outer_steps):
-            result = step.passes.run(
-                eta, lambda logits: _divergence(_logits(logits), clean), scale=float(max(len(x), 1)),
-                gradient_before=False, gradient_after=False, synchronise=False, more=j < outer_steps - 1,
+        problem.begin()
+        eta = problem.small_start(init, 1e-3)
+        attack.enter_context(frozen_parameters(model))
+        full_pass = problem.full_pass
+        losses: list[Tensor] = []
+        with torch.no_grad(), unsynchronised(model):
+            clean = _logits(full_pass.output(0.0)).log_softmax(1)
+        for _ in range(outer_steps):
+            eta, loss, _ = full_pass(
+                eta, lambda output: _divergence(_logits(output), clean), NO_GRADIENTS, scale=float(max(len(x), 1)),
+                synchronise=False,
             )  # fmt: skip
-            eta = result.eta
-            losses.append(result.loss)
+            losses.append(loss)
         attack.close()
         with unsynchronised(model):  # which also keeps the second forward from overwriting buffers of the first
-            clean_logits = model(step.normalised(step.x))
-        logits = _logits(model(step.normalised(step.x + eta)))
-        divergence = _divergence(logits, _logits(clean_logits).log_softmax(1))
-        loss = loss_fn(clean_logits, y) + beta * divergence
-        step.passes.descend(loss)
-    step.guard.accepts([*losses, loss.detach()])
-    return StepResult(loss.detach(), torch.stack(losses), logits.detach(), eta)
+            clean_output = full_pass.output(0.0)
+        logits = _logits(full_pass.output(eta))
+        divergence = _divergence(logits, _logits(clean_output).log_softmax(1))
+        loss = loss_fn(clean_output, problem.y) + beta * divergence
+        full_pass.descend(loss)
+        problem.guard.accepts([*losses, loss.detach()])
+        return StepResult(loss.detach(), torch.stack(losses), logits.detach(), eta)
+
+
+NO_GRADIENTS = Gradients(before=False, after=False)
 
 
 def _logits(output: Any) -> Tensor:

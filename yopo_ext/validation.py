@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from .kernels.constants import ACTIVATIONS, NORMS
 
 Constants = float | Sequence[float] | Tensor
 
@@ -42,17 +41,21 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> list[int]:
 
 
 def constants(name: str, value: Constants, channels: int, *, allow_infinite: bool = False) -> list[float]:
-    """A scalar or one value per input channel, as a list of 1 or `channels` finite floats.
+    """A scalar or one value per input channel ([C], [C, 1, 1] or [1, C, 1, 1]), as a list of 1 or `channels` finite floats.
 
     A CUDA tensor is read back here, which synchronises: pass numbers or a list in a hot loop.
     """
+    if isinstance(value, float):
+        if math.isnan(value) or (math.isinf(value) and not allow_infinite):
+            raise ValueError(f"{name} must be finite; got {value!r}")
+        return [value]
     if isinstance(value, Tensor):
-        if value.dim() > 1:
+        if value.dim() > 1 and value.shape not in ((channels, 1, 1), (1, channels, 1, 1)) and value.numel() != 1:
             raise ValueError(
                 f"{name} must be a number or one value per channel [{channels}]; got a tensor of shape "
                 f"{tuple(value.shape)}"
             )
-        value = value.tolist()
+        value = value.detach().flatten().tolist()
     values = list(value) if isinstance(value, Iterable) else [value]
     if any(isinstance(v, bool) or not isinstance(v, Real) for v in values):
         raise TypeError(f"{name} must be a number or a sequence of numbers; got {value!r}")
@@ -64,36 +67,6 @@ def constants(name: str, value: Constants, channels: int, *, allow_infinite: boo
     if any(math.isnan(v) or (math.isinf(v) and not allow_infinite) for v in floats):
         raise ValueError(f"{name} must be finite; got {value!r}")
     return floats
-
-
-def threat_model(
-    eps: Constants, step_size: Constants, bounds: tuple[Constants, Constants] | None, norm: str, channels: int
-) -> tuple[list[float], list[float], list[float], list[float]]:
-    """(eps, step_size, lo, hi) as lists of 1 or `channels` floats, checked against each other."""
-    choice("norm", norm, NORMS)
-    eps_values = constants("eps", eps, channels)
-    step_values = constants("step_size", step_size, channels)
-    if bounds is None:
-        bounds = (-math.inf, math.inf)
-    if not isinstance(bounds, Sequence) or len(bounds) != 2:
-        raise TypeError(f"bounds must be a pair (lo, hi) or None; got {bounds!r}")
-    lo = constants("bounds[0]", bounds[0], channels, allow_infinite=True)
-    hi = constants("bounds[1]", bounds[1], channels, allow_infinite=True)
-    for name, values in (("eps", eps_values), ("step_size", step_values)):
-        if min(values) < 0:
-            raise ValueError(f"{name} must be >= 0; got {min(values)}")
-        if norm == "l2" and len(values) > 1:
-            raise ValueError(f"{name} must be a single number with norm='l2'; got {len(values)} values")
-    width = max(len(lo), len(hi))
-    for low, high in zip(lo * (width // len(lo)), hi * (width // len(hi)), strict=True):
-        if not low < high:
-            raise ValueError(f"bounds must be (lo, hi) with lo < hi; got lo={low}, hi={high}")
-    if norm == "linf" and min(lo) >= 0.0 and max(hi) <= 1.0 and max(eps_values) >= 1.0:
-        raise ValueError(
-            f"eps must be in the units of x, which bounds={bounds!r} puts in [0, 1]; got {max(eps_values)}, which "
-            f"looks like 0..255 units: use {max(eps_values):g}/255"
-        )
-    return eps_values, step_values, lo, hi
 
 
 def tensor(name: str, value: object, shape: tuple[int | None, ...], *, like: Tensor | None = None) -> Tensor:
@@ -119,14 +92,14 @@ def floating(name: str, value: Tensor, allowed: Sequence[torch.dtype]) -> Tensor
     return value
 
 
-def activation(name: str) -> int:
-    """The code of an activation."""
-    return ACTIVATIONS[choice("activation", name, ACTIVATIONS)]
-
-
 def images(x: object) -> Tensor:
     """x as a batch of float images [B, C, H, W], detached."""
-    return floating("x", tensor("x", x, (None,) * 4), X_DTYPES).detach()
+    return no_inference(floating("x", tensor("x", x, (None,) * 4), X_DTYPES)).detach()
+
+
+def no_inference(value: Any) -> Any:
+    """A tensor that was made in inference mode as a copy that autograd takes; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def values_wanted(validate: bool | None, x: Tensor, first_call: bool) -> bool:
@@ -142,22 +115,27 @@ def values_wanted(validate: bool | None, x: Tensor, first_call: bool) -> bool:
     return first_call
 
 
-def image_values(x: Tensor, lo: list[float], hi: list[float]) -> None:
-    """Every pixel is finite and inside the bounds, with a tolerance of 1e-6 for rounding."""
+def image_values(x: Tensor, lo: list[float] | Tensor, hi: list[float] | Tensor) -> None:
+    """Every pixel is finite and inside the bounds, with a tolerance of 1e-6 for rounding.
+
+    lo, hi: 1 or C numbers, or tensors that broadcast to x.
+    """
     if x.numel() == 0:
         return
-    dims = (0, 2, 3)
-    lowest, highest = x.amin(dims).tolist(), x.amax(dims).tolist()
-    if not all(map(math.isfinite, lowest + highest)):
+    lowest, highest = (float(v) for v in torch.aminmax(x))
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise ValueError("x must be finite; got NaN or infinite values")
-    channels = len(lowest)
-    low, high = lo * (channels // len(lo)), hi * (channels // len(hi))
-    if any(v < b - 1e-6 for v, b in zip(lowest, low, strict=True)) or any(
-        v > b + 1e-6 for v, b in zip(highest, high, strict=True)
-    ):
+    if isinstance(lo, list) and isinstance(hi, list) and len(lo) == len(hi) == 1:
+        inside = lowest >= lo[0] - 1e-6 and highest <= hi[0] + 1e-6
+    else:
+        low, high = (torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in (lo, hi))
+        low, high = (b.reshape(-1, 1, 1) if b.dim() == 1 else b for b in (low, high))
+        inside = not bool(((x < low - 1e-6) | (x > high + 1e-6)).any())
+        lo, hi = [float(low.min())], [float(high.max())]
+    if not inside:
         raise ValueError(
-            f"x must lie in bounds, ({min(low):g}, {max(high):g}); got values from {min(lowest):g} to "
-            f"{max(highest):g}: scale the images, or give the bounds they have"
+            f"x must lie in bounds, ({min(lo):g}, {max(hi):g}); got values from {lowest:g} to {highest:g}: scale the images, "
+            f"or give the bounds they have"
         )
 
 
@@ -194,6 +172,9 @@ def label_values(y: Tensor, classes: int, ignore_index: int) -> None:
     """Every label is a class of the model, or the one that cross-entropy ignores."""
     if y.dtype != torch.int64 or y.numel() == 0:
         return
+    lowest, highest = (int(v) for v in torch.aminmax(y))
+    if lowest >= 0 and highest < classes:
+        return
     wrong = ((y < 0) | (y >= classes)) & (y != ignore_index)
     if bool(wrong.any()):
         raise ValueError(f"y must hold labels in [0, {classes - 1}]; got {int(y[wrong][0])}")
@@ -225,17 +206,46 @@ def normalisation(
 
 
 def model(value: object) -> nn.Module:
-    """A module that a step can run."""
+    """The module that a step runs: `value`, or what a DataParallel over at most one device holds."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(value).__name__}")
+    if isinstance(value, torch.jit.ScriptModule):
+        raise TypeError(
+            "model must not be a ScriptModule: its forward cannot be replaced; give the module it was made from"
+        )
     if isinstance(value, nn.DataParallel):
-        raise TypeError("model must not be a DataParallel; use DistributedDataParallel")
+        if len(value.device_ids) > 1:
+            raise TypeError(
+                f"model must not be a DataParallel over {len(value.device_ids)} devices: give model.module, or use "
+                f"DistributedDataParallel"
+            )
+        return model(value.module)
+    if isinstance(value, nn.parallel.DistributedDataParallel) and value.static_graph:
+        raise ValueError("model must not be DistributedDataParallel(static_graph=True): the passes of a step differ")
     return value
 
 
-def same_device(name: str, x: Tensor, module: nn.Module) -> None:
-    """x on the device of the module's first parameter."""
-    parameter = next(module.parameters(), None)
+def input_dtype(x: Tensor, dtypes: set[torch.dtype]) -> torch.dtype:
+    """The dtype of the model's input, given the dtypes of its parameters: x's, or that of a model in half precision."""
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    if len(floating) != 1 or x.dtype in floating:
+        return x.dtype
+    (dtype,) = floating
+    if dtype in (torch.bfloat16, torch.float16) and x.dtype == torch.float32:
+        return dtype
+    names = [str(d).removeprefix("torch.") for d in (x.dtype, dtype)]
+    raise TypeError(f"x must be of the model's dtype, {names[1]}; got {names[0]}")
+
+
+def optional_callable(name: str, value: object) -> None:
+    """None or something that can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be callable or None; got {value!r}")
+
+
+def same_device(name: str, x: Tensor, parameters: Iterable[Tensor]) -> None:
+    """x on the device of a model's first parameter."""
+    parameter = next(iter(parameters), None)
     if parameter is not None and parameter.device != x.device:
         raise ValueError(f"{name} must be on the model's device ({parameter.device}); got {x.device}")
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from yopo_ext import yopo_step
-from yopo_ext.first_layer import describe as first_layer
-from yopo_ext.first_layer import full_pass as passes
-from yopo_ext.first_layer.describe import FusedLayer, OpaqueLayer, describe
+from yopo_ext.first_layer import inspect
+from yopo_ext.first_layer.describe import AutogradLayer, FusedLayer, describe, resolve
+from yopo_ext.first_layer.watch import FirstLayer
 from yopo_ext.training.torchvision_import import import_torchvision
 
 U = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -28,8 +28,14 @@ def step(model: nn.Module, **options):
 
 
 def layer_used(model: nn.Module) -> nn.Module:
-    (known,) = passes._known[model].values()
-    return known.layer
+    (module,) = verdict(model).modules
+    return module()
+
+
+def verdict(model: nn.Module) -> FirstLayer:
+    """The one verdict that is kept of a model."""
+    ((_, found),) = inspect._known[model].verdicts.values()
+    return found
 
 
 # --- detection ---
@@ -109,7 +115,7 @@ def test_finds_a_layer_behind_normalisation() -> None:
     model = Scaled()
     step(model)
     assert layer_used(model) is model.net.first
-    (known,) = passes._known[model].values()
+    known = verdict(model)
     assert known.inner.mean == pytest.approx((0, 0.5, -1), abs=1e-5)
     assert known.inner.std == pytest.approx((0.5, 0.25, 1), abs=1e-5)
     step(model)
@@ -138,18 +144,39 @@ def test_refuses_a_layer_behind_anything_else(change: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), buffers, strict=True))
 
 
-def test_notices_later_that_the_input_no_longer_arrives() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_constants_that_change_between_steps_are_found_anew(compiled: bool) -> None:
     class Drifting(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, shift: float) -> None:
             super().__init__()
-            self.net, self.shift = network(lambda: nn.Conv2d(3, 6, 3), dtype=torch.float32), 0.0
+            self.net, self.shift = network(lambda: nn.Conv2d(3, 6, 3), dtype=torch.float32).eval(), shift
 
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x + self.shift)
 
+    model, fresh = Drifting(0.0), Drifting(0.25)
+    called = torch.compile(model, backend="aot_eager") if compiled else model
+    step(called)
+    model.shift = 0.25
+    model.zero_grad()
+    results = [step(m, init="zero").perturbation for m in (called, fresh)]
+    torch.testing.assert_close(*results, rtol=0.0, atol=1e-6)
+    for mine, theirs in zip(model.parameters(), fresh.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_notices_in_a_pass_that_the_input_no_longer_arrives() -> None:
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.box = network(lambda: nn.Conv2d(3, 6, 3), dtype=torch.float32), {"shift": [0.0]}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x + self.box["shift"][0])
+
     model = Drifting()
     step(model)
-    model.shift = 0.25
+    model.box["shift"][0] = 0.25  # which the fingerprint does not see
     with pytest.raises(ValueError, match="first_layer must take the model's input"):
         step(model)
 
@@ -273,10 +300,7 @@ def test_trained_arguments_of_the_layer_are_refused() -> None:
         def forward(self, x: Tensor, shift: Tensor) -> Tensor:
             return self.conv(x) + shift
 
-    with (
-        pytest.warns(UserWarning, match="through autograd"),
-        pytest.raises(ValueError, match="first_layer must depend on no trained tensors but its own parameters"),
-    ):
+    with pytest.raises(ValueError, match="first_layer must depend on no trained tensors but its own parameters"):
         step(Embedded(), first_layer="first")
 
 
@@ -355,11 +379,11 @@ def hooked() -> nn.Sequential:
     ],
 )
 def test_description(make, reason: str | None) -> None:
-    plan = describe(make(), U)
+    plan = describe([make()], U)
     if reason is None:
         assert isinstance(plan, FusedLayer)
     else:
-        assert isinstance(plan, OpaqueLayer)
+        assert isinstance(plan, AutogradLayer)
         assert reason in plan.reason
 
 
@@ -394,7 +418,7 @@ def test_hooks_on_the_first_layer_still_fire() -> None:
     model.first.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
     x, y, _ = batch()
     yopo_step(model, x, y, outer_steps=2)
-    assert seen == [(6, 6, 6, 5)] * 2
+    assert seen == [(2, 6, 6, 5)] + [(6, 6, 6, 5)] * 2  # the inspection, and two passes
 
 
 @pytest.mark.filterwarnings("ignore:the first layer runs through autograd")
@@ -565,13 +589,13 @@ def test_another_path_inside_a_reentrant_checkpoint_is_an_error() -> None:
 
 def test_resolving_names() -> None:
     model = network(conv)
-    assert first_layer.resolve(model, "first") is model.first
-    assert first_layer.resolve(model, model.rest) is model.rest
+    assert resolve(model, "first", [model]) == [model.first]
+    assert resolve(model, model.rest, [model]) == [model.rest]
     with pytest.raises(
         ValueError, match=r"first_layer must name a submodule of model; got 'stem', the model has first"
     ):
-        first_layer.resolve(model, "stem")
+        resolve(model, "stem", [model])
     with pytest.raises(ValueError, match="first_layer must be a submodule of model"):
-        first_layer.resolve(model, nn.Conv2d(3, 6, 3))
+        resolve(model, nn.Conv2d(3, 6, 3), [model])
     with pytest.raises(TypeError, match="first_layer must be a module"):
-        first_layer.resolve(model, 3)
+        resolve(model, 3, [model])

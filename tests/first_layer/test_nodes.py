@@ -13,12 +13,15 @@ from step_oracle import batch, gradients_along, network, oracle_step
 from torch import Tensor, nn
 
 from yopo_ext import adversary_steps, trades_yopo_step, yopo_step
-from yopo_ext.first_layer import batch_norm_node
-from yopo_ext.first_layer import fused_node as node
+from yopo_ext.first_layer.batch_norm_node import batch_norm_node
+from yopo_ext.first_layer.fused_node import FusedNode, Settings, first_layer_node
+from yopo_ext.first_layer.normalisation import normalised, sample
 from yopo_ext.kernels.constants import ACTIVATIONS
+from yopo_ext.threat import ThreatModel
 
 EPS, SIGMA = 0.1, 0.03
-THREAT = node.threat_tensor([SIGMA], [EPS], [0.0], [1.0])
+BALL = ThreatModel(EPS, SIGMA).around(torch.zeros(2, 4, 6, 5, dtype=torch.float64))
+THREAT = BALL.table
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -34,36 +37,49 @@ def tensors(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def settings(before: bool = False, after: bool = True, dtype: torch.dtype = torch.float64, activation: str = "silu"):
+def settings(
+    before: bool = False, after: bool = True, dtype: torch.dtype = torch.float64, activation: str = "silu"
+) -> Settings:
     geometry = ([0.5], [0.25], [2, 1], [1, 2], [1, 1], 2, ACTIVATIONS[activation], 0.0)
-    return (*geometry, 2, 0, False, before, after, False, dtype)
+    return Settings(*geometry, 2, 0, False, before, after, False, dtype)
+
+
+def operator_arguments(given: dict[str, Tensor | None], seen_shift: float = 0.0) -> tuple:
+    """eta, check, seen, x, and the parameters."""
+    eta, x, *parameters = given.values()
+    check = torch.zeros(2, dtype=x.dtype, requires_grad=True)
+    seen = normalised(sample(x) + sample(eta.detach()), [0.5], [0.25]) + seen_shift
+    return eta, check, seen, x, *parameters
 
 
 @pytest.mark.parametrize("wanted", ["all", "eta", "no bias"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_operator_passes_opcheck(wanted: str, dtype: torch.dtype) -> None:
+def test_operators_pass_opcheck(wanted: str, dtype: torch.dtype) -> None:
     given = tensors(torch.float64 if dtype == torch.float64 else torch.float32)
     for name, t in given.items():
         t.requires_grad_(name != "x" and (wanted != "eta" or name == "eta"))
-    arguments = [None if wanted == "no bias" and name != "weight" and t.dim() == 1 else t for name, t in given.items()]
+    given = {n: None if wanted == "no bias" and n != "weight" and t.dim() == 1 else t for n, t in given.items()}
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(node.first_layer_node, (*arguments, THREAT, *settings(True, True, dtype)), test_utils=checks)
-    torch.library.opcheck(
-        batch_norm_node.first_layer_batch_norm_node,
-        (*arguments, THREAT, *settings(True, True, dtype), 1e-5),
-        test_utils=checks,
-    )
+    arguments = (*operator_arguments(given), THREAT, *settings(True, True, dtype))
+    torch.library.opcheck(first_layer_node, arguments, test_utils=checks)
+    torch.library.opcheck(batch_norm_node, (*arguments, 1e-5), test_utils=checks)
 
 
 def test_forward_is_the_layer() -> None:
     given = tensors()
-    y = node.first_layer_node(*given.values(), THREAT, *settings())
+    y = first_layer_node(*operator_arguments(given), THREAT, *settings())
     z = F.conv2d((given["x"] + given["eta"] - 0.5) / 0.25, given["weight"], given["bias"], (2, 1), (1, 2), 1, 2)
     expected = F.silu(z * given["scale"][:, None, None] + given["shift"][:, None, None])
     torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(
-        node.FirstLayerNode.apply(None, [], *given.values(), THREAT, *settings()), y, rtol=0, atol=0
-    )
+    torch.testing.assert_close(FusedNode.apply(None, settings(), *given.values()), y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-3])
+def test_another_input_of_the_layer_is_told_by_a_gradient(shift: float) -> None:
+    given = {name: t.requires_grad_(name != "x") for name, t in tensors().items()}
+    arguments = operator_arguments(given, shift)
+    first_layer_node(*arguments, THREAT, *settings()).sum().backward()
+    assert arguments[1].grad.tolist() == [1.0, float(shift > 0)]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -76,7 +92,7 @@ def test_gradients_come_out_as_ordinary_gradients(seed: int) -> None:
     y = F.silu(z * plain["scale"][:, None, None] + plain["shift"][:, None, None])
     p = torch.randn_like(y)
     y.backward(p)
-    node.first_layer_node(*given.values(), THREAT, *settings(before=True, after=False)).backward(p)
+    first_layer_node(*operator_arguments(given), THREAT, *settings(before=True, after=False)).backward(p)
     for name in ("weight", "bias", "scale", "shift"):
         torch.testing.assert_close(given[name].grad, plain[name].grad)
     parts = {name: given[name].detach() for name in ("bias", "scale", "shift")}
@@ -89,9 +105,9 @@ def test_gradients_come_out_as_ordinary_gradients(seed: int) -> None:
 
 def test_an_expanded_costate_is_taken() -> None:
     given = {name: t.requires_grad_(name != "x") for name, t in tensors().items()}
-    node.first_layer_node(*given.values(), THREAT, *settings()).mean((2, 3)).sum().backward()
+    first_layer_node(*operator_arguments(given), THREAT, *settings()).mean((2, 3)).sum().backward()
     again = {name: t.detach().clone().requires_grad_(name != "x") for name, t in given.items()}
-    y = node.first_layer_node(*again.values(), THREAT, *settings())
+    y = first_layer_node(*operator_arguments(again), THREAT, *settings())
     y.backward(torch.full_like(y, 1 / y[0, 0].numel()))
     for mine, theirs in zip(given.values(), again.values(), strict=True):
         if mine.grad is not None:
@@ -201,7 +217,7 @@ def test_batches_of_another_size() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the first layer runs through autograd")
-def test_opaque_first_layer_cuts_the_graph() -> None:
+def test_a_first_layer_that_autograd_runs_cuts_the_graph() -> None:
     eager = network(lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh()))
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, backend="aot_eager")
@@ -229,7 +245,7 @@ def test_inside_a_compiled_function(compiled_model: bool) -> None:
         result, loss = train(compiled, *batch())
         torch.testing.assert_close(loss, result.loss + 1)
         assert_same(model, eager, [result, step(eager)])
-    assert len(runs) == (5 if compiled_model else 0)  # all passes but the very first
+    assert len(runs) == (6 if compiled_model else 0)
 
 
 def test_models_compiled_in_place_and_in_parts() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,15 @@ def with_pixel(value: float) -> torch.Tensor:
     x = X.clone()
     x[1, 2, 3, 4] = value
     return x
+
+
+def over_two_devices() -> nn.Module:
+    """nn.DataParallel as it is on a machine with two of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = nn.DataParallel(nn.Conv2d(3, 6, 3))
+    wrapped.device_ids = [0, 1]
+    return wrapped
 
 
 CASES: list[tuple[dict, type[Exception], str]] = [
@@ -79,11 +90,11 @@ CASES: list[tuple[dict, type[Exception], str]] = [
     # first layer and model
     ({"first_layer": "second"}, ValueError, "first_layer must name a submodule of model; got 'second'"),
     ({"first_layer": nn.Conv2d(3, 6, 3)}, ValueError, "first_layer must be a submodule of model"),
-    ({"first_layer": 0}, TypeError, "first_layer must be a module, its dotted name or None"),
-    ({"first_layer": "rest.2"}, ValueError, "x must have as many channels as first_layer takes, 6; got 3"),
+    ({"first_layer": 0}, TypeError, "first_layer must be a module, its dotted name, a sequence of these or None"),
+    ({"first_layer": "rest.2"}, ValueError, "first_layer must take the model's input"),
     ({"first_layer": "unused"}, ValueError, "first_layer must be a layer that the model runs; 'unused' did not run"),
     ({"model": lambda x: x}, TypeError, "model must be a torch.nn.Module; got function"),
-    ({"model": nn.DataParallel(nn.Conv2d(3, 6, 3))}, TypeError, "model must not be a DataParallel"),
+    ({"model": over_two_devices()}, TypeError, r"model must not be a DataParallel over 2 devices: give model\.module"),
 ]  # fmt: skip
 
 

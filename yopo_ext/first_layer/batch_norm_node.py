@@ -1,7 +1,7 @@
 """The first-layer node for a convolution followed by a BatchNorm that uses batch statistics.
 
-As `fused_node.first_layer_node`; the inner steps keep the statistics of the forward pass, the parameter gradients
-are taken through the statistics of their own input.
+As the nodes of `fused_node`; the inner steps keep the statistics of the forward pass, the parameter gradients are taken
+through the statistics of their own input.
 """
 
 from __future__ import annotations
@@ -14,19 +14,123 @@ from torch import Tensor
 
 from ..kernels.reference import activate, activation_slope
 from .fused_node import (
+    Settings,
+    Update,
     add_up,
     as_parameter,
     convolve,
     costate_for,
     in_full_precision,
-    normalised,
-    update,
-    update_operator,
+    update_in_graph,
+    update_of,
+    verdict,
 )
+from .normalisation import normalised
+
+
+def _output(
+    x: Tensor, eta: Tensor, parameters: Sequence[Any], settings: Settings, batch_norm_eps: float
+) -> tuple[Tensor, ...]:
+    """(y0, batch mean [K], batch variance [K] (unbiased), 1/sqrt(biased variance + batch_norm_eps) [K])."""
+    weight, bias, gamma, beta = parameters
+    z = convolve(x, eta, weight, bias, settings.mean, settings.std, settings.geometry, settings.dtype)
+    batch_mean, batch_variance = (torch.zeros(z.shape[1], dtype=x.dtype, device=x.device) for _ in range(2))
+    # With momentum 1 the "running" statistics become exactly those of this batch.
+    gamma, beta = (None if t is None else t.to(x.dtype) for t in (gamma, beta))
+    y, _, inverse_std = torch.ops.aten._native_batch_norm_legit.default(
+        z, gamma, beta, batch_mean, batch_variance, True, 1.0, batch_norm_eps
+    )
+    y = activate(y, settings.activation, settings.negative_slope)
+    return y, batch_mean, batch_variance, inverse_std.to(x.dtype)
+
+
+def _weight_gradients_through_statistics(
+    u: Tensor, p: Tensor, parameters: Sequence[Any], settings: Settings, batch_norm_eps: float
+) -> list[Tensor | None]:
+    """Gradients of <p, act(batch_norm(conv2d(u)))> with respect to weight, bias, gamma, beta; u already normalised."""
+    weight, bias, gamma, beta = parameters
+    stride, padding, dilation, groups = settings.geometry
+    aten = torch.ops.aten
+    z = torch.nn.functional.conv2d(u, weight, bias, stride, padding, dilation, groups)
+    y, batch_mean, inverse_std = aten._native_batch_norm_legit.no_stats(z, gamma, beta, True, 0.0, batch_norm_eps)
+    q = p.to(u.dtype) * activation_slope(y, settings.activation, settings.negative_slope)
+    gz, grad_gamma, grad_beta = aten.native_batch_norm_backward(
+        q, z, gamma, None, None, batch_mean, inverse_std, True, batch_norm_eps,
+        [True, gamma is not None, beta is not None],
+    )  # fmt: skip
+    _, grad_weight, grad_bias = aten.convolution_backward(
+        gz, u, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups,
+        [False, True, bias is not None],
+    )  # fmt: skip
+    return [grad_weight, grad_bias, grad_gamma, grad_beta]
+
+
+def _results(
+    update: Update, x: Tensor, eta: Tensor, p: Tensor, parameters: Sequence[Any], statistics: tuple[Tensor, Tensor],
+    settings: Settings, batch_norm_eps: float, wanted: bool,
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
+    """The perturbation after the inner steps, and the gradients of the parameters (None where they are not wanted)."""
+    p = costate_for(p, x)
+    wide = [None if t is None else t.to(x.dtype) for t in parameters]
+    weight, bias, gamma, beta = wide
+    batch_mean, inverse_std = statistics
+    scale = inverse_std if gamma is None else gamma * inverse_std
+    shift = -batch_mean * scale if beta is None else beta - batch_mean * scale
+    new_eta = update(x, eta, p, weight, bias, scale, shift, settings, settings.steps, False)[0]
+    total: list[Tensor | None] = [None] * 4
+    for asked, at in ((settings.gradient_before, eta), (settings.gradient_after, new_eta)):
+        if wanted and asked:
+            u = normalised(x + at, settings.mean, settings.std)
+            total = add_up(total, _weight_gradients_through_statistics(u, p, wide, settings, batch_norm_eps))
+    return new_eta, [as_parameter(*pair) for pair in zip(parameters, total, strict=True)]
+
+
+class BatchNormNode(torch.autograd.Function):
+    """The node in eager mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Any,
+        settings: Settings,
+        batch_norm_eps: float,
+        eta: Tensor,
+        x: Tensor,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        y, batch_mean, variance, inverse_std = _output(x, eta, parameters, settings, batch_norm_eps)
+        ctx.run, ctx.settings, ctx.batch_norm_eps = run, settings, batch_norm_eps
+        ctx.mark_non_differentiable(batch_mean, variance)
+        copies = tuple(None if t is None else t.detach().clone() for t in parameters)
+        ctx.save_for_backward(eta, x, *copies, batch_mean, inverse_std)
+        return y, batch_mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, p: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        eta, x, *parameters, batch_mean, inverse_std = ctx.saved_tensors
+        ctx.run.backwards += 1
+        wanted = any(ctx.needs_input_grad[5:])
+        new_eta, gradients = _results(
+            update_of(ctx.run.ball),
+            x,
+            eta,
+            p,
+            parameters,
+            (batch_mean, inverse_std),
+            ctx.settings,
+            ctx.batch_norm_eps,
+            wanted,
+        )
+        return None, None, None, new_eta, None, *gradients
+
+
+# --- the operator of compiled graphs ---
 
 
 def _forward(
     eta: Tensor,
+    check: Tensor,
+    seen: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -50,92 +154,39 @@ def _forward(
     dtype: torch.dtype,
     batch_norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y0, batch mean [K], batch variance [K] (unbiased), 1/sqrt(biased variance + batch_norm_eps) [K])."""
-    z = convolve(x, eta, weight, bias, mean, std, (stride, padding, dilation, groups), dtype)
-    batch_mean, batch_variance = (torch.zeros(z.shape[1], dtype=x.dtype, device=x.device) for _ in range(2))
-    # With momentum 1 the "running" statistics become exactly those of this batch.
-    gamma, beta = (None if t is None else t.to(x.dtype) for t in (gamma, beta))
-    y, _, inverse_std = torch.ops.aten._native_batch_norm_legit.default(
-        z, gamma, beta, batch_mean, batch_variance, True, 1.0, batch_norm_eps
-    )
-    return activate(y, activation, negative_slope), batch_mean, batch_variance, inverse_std.to(x.dtype)
+    settings = Settings(
+        list(mean), list(std), list(stride), list(padding), list(dilation), groups, activation, negative_slope, steps, norm,
+        mask_start, gradient_before, gradient_after, allow_tf32, dtype,
+    )  # fmt: skip
+    return _output(x, eta, (weight, bias, gamma, beta), settings, batch_norm_eps)  # type: ignore[return-value]
 
 
-first_layer_batch_norm_node = torch.library.custom_op(
-    "yopo_ext::first_layer_batch_norm_node", _forward, mutates_args=()
-)
+batch_norm_node = torch.library.custom_op("yopo_ext::first_layer_batch_norm_node", _forward, mutates_args=())
 
 
-@first_layer_batch_norm_node.register_fake
-def _(eta, x, weight, bias, gamma, beta, threat, mean, std, stride, padding, dilation, groups, *rest):
-    dtype = rest[-2]
-    y = torch.nn.functional.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding, dilation, groups)
+@batch_norm_node.register_fake
+def _(eta, check, seen, x, weight, bias, gamma, beta, threat, *rest):
+    s = Settings(*rest[:-1])
+    y = torch.nn.functional.conv2d(x.to(s.dtype), weight.to(s.dtype), None, *s.geometry)
     return y, *(x.new_empty(y.shape[1]) for _ in range(3))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, batch_mean, _, inverse_std = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:7], batch_mean, inverse_std)
-    ctx.settings = inputs[7:]
-    ctx.update = update_operator
-
-
-def _weight_gradients_through_statistics(
-    u: Tensor, p: Tensor, weight, bias, gamma, beta, geometry, activation, negative_slope, batch_norm_eps
-) -> list[Tensor | None]:
-    """Gradients of <p, act(batch_norm(conv2d(u)))> with respect to weight, bias, gamma, beta; u already normalised."""
-    stride, padding, dilation, groups = geometry
-    aten = torch.ops.aten
-    z = torch.nn.functional.conv2d(u, weight, bias, stride, padding, dilation, groups)
-    y, batch_mean, inverse_std = aten._native_batch_norm_legit.no_stats(z, gamma, beta, True, 0.0, batch_norm_eps)
-    q = p.to(u.dtype) * activation_slope(y, activation, negative_slope)
-    gz, grad_gamma, grad_beta = aten.native_batch_norm_backward(
-        q, z, gamma, None, None, batch_mean, inverse_std, True, batch_norm_eps,
-        [True, gamma is not None, beta is not None],
-    )  # fmt: skip
-    _, grad_weight, grad_bias = aten.convolution_backward(
-        gz, u, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups,
-        [False, True, bias is not None],
-    )  # fmt: skip
-    return [grad_weight, grad_bias, grad_gamma, grad_beta]
+    ctx.save_for_backward(*inputs[:9], batch_mean, inverse_std)
+    ctx.settings, ctx.batch_norm_eps = Settings(*inputs[9:-1]), inputs[-1]
 
 
 @in_full_precision
 def _backward(ctx: Any, p: Tensor, *_: Tensor) -> tuple[Any, ...]:
-    eta, x, weight, bias, gamma, beta, threat, batch_mean, inverse_std = ctx.saved_tensors
-    *geometry, steps, norm, mask_start, before, after, allow_tf32, _, batch_norm_eps = ctx.settings
-    mean, std, *conv_geometry, activation, negative_slope = geometry
-    p = costate_for(p, x)
-    parameters = (weight, bias, gamma, beta)
-    weight_, bias_, gamma_, beta_ = (None if t is None else t.to(x.dtype) for t in parameters)
-    scale = inverse_std if gamma_ is None else gamma_ * inverse_std
-    shift = -batch_mean * scale if beta_ is None else beta_ - batch_mean * scale
-    new_eta = ctx.update(
-        threat, x, eta, p, weight_, bias_, scale, shift, *geometry, steps, norm, mask_start, False, False, allow_tf32
-    )[0]
-    total: list[Tensor | None] = [None] * 4
-    if any(ctx.needs_input_grad[2:6]):
-        for asked, at in ((before, eta), (after, new_eta)):
-            if asked:
-                u = normalised(x + at, mean, std)
-                total = add_up(total, _weight_gradients_through_statistics(
-                    u, p, weight_, bias_, gamma_, beta_, conv_geometry, activation, negative_slope, batch_norm_eps
-                ))  # fmt: skip
-    return new_eta, None, *map(as_parameter, parameters, total), None, *[None] * len(ctx.settings)
+    eta, _, seen, x, *parameters, threat, batch_mean, inverse_std = ctx.saved_tensors
+    new_eta, gradients = _results(
+        update_in_graph(threat), x, eta, p, parameters, (batch_mean, inverse_std), ctx.settings, ctx.batch_norm_eps,
+        any(ctx.needs_input_grad[4:8]),
+    )  # fmt: skip
+    checked = verdict(seen, x, eta, ctx.settings)
+    return new_eta, checked, None, None, *gradients, None, *[None] * (len(ctx.settings) + 1)
 
 
-first_layer_batch_norm_node.register_autograd(_backward, setup_context=_setup)
-
-
-class FirstLayerBatchNormNode(torch.autograd.Function):
-    """`first_layer_batch_norm_node` for eager mode."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
-        ctx.update = update
-        return output
-
-    backward = staticmethod(_backward)
+batch_norm_node.register_autograd(_backward, setup_context=_setup)

@@ -1,257 +1,258 @@
-"""Full passes through a model with its first layer replaced by the autograd node: each moves the perturbation."""
+"""One full pass through a model with its first layer replaced by the autograd node: it moves the perturbation."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ..kernels.dispatch import resolve_allow_tf32
-from . import describe as layers
-from .fused_node import Carry, normalised
+from ..kernels.constants import NORMS
+from ..model_state import SavedBuffers, unsynchronised
+from ..threat import Ball
+from .describe import FusedLayer
+from .fused_node import Settings
+from .inspect import Forward, Inspection
 from .normalisation import Normalisation
-from .stand_in import Discovery, Interposition, Pass
-
-# What is known of a model's first layer, by what the caller gave as `first_layer`. Weak: models come and go.
-_known: weakref.WeakKeyDictionary[nn.Module, dict[Any, Interposition]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """What one full pass found; output and loss are detached."""
-
-    eta: Tensor
-    loss: Tensor
-    output: Any
+from .outputs import detached
+from .stand_in import Place, Run, StandIn, other_input, stand_in_of
+from .watch import FirstLayer
 
 
-def detached(output: Any) -> Any:
-    """A model's output without its graph."""
-    return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, output)
+class Gradients(NamedTuple):
+    """What a pass adds to the first layer's `.grad`: the gradient at the perturbation before the inner steps, after, both."""
+
+    before: bool
+    after: bool
 
 
-def distributed(model: nn.Module) -> DistributedDataParallel | None:
-    """The DistributedDataParallel module among the model's wrappers."""
-    return next((m for m in layers.unwrapped(model) if isinstance(m, DistributedDataParallel)), None)
+@dataclass
+class FullPass:
+    """The passes of one step: what they have in common.
 
+    Attributes:
+        forward: called as forward(model, u).
+        outer: what the caller applies to x + eta.
+        backward: runs the backward pass from a loss; None: loss.backward().
+        inspection, found: the inspection that went before, and its verdict.
+    """
 
-@contextmanager
-def unsynchronised(model: nn.Module) -> Iterator[None]:
-    """Inside, backward passes leave gradients unreduced."""
-    parallel = distributed(model)
-    # What fully_shard makes of a module is no wrapper, but has this method.
-    sharded: list[Any] = [m for m in layers.unwrapped(model) if hasattr(m, "set_requires_gradient_sync")]
-    with nullcontext() if parallel is None else parallel.no_sync():
-        try:
-            for module in sharded:
-                module.set_requires_gradient_sync(False)
-            yield
-        finally:
-            for module in sharded:
-                module.set_requires_gradient_sync(True)
+    model: nn.Module
+    forward: Forward
+    x: Tensor
+    ball: Ball
+    steps: int
+    mask_start: bool
+    outer: Normalisation
+    backward: Callable[[Tensor], Any] | None
+    allow_tf32: bool
+    inspection: Inspection
+    found: FirstLayer
 
-
-@contextmanager
-def restored_buffers_on_error(model: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Put every buffer back to its value if the block raises."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()] if wanted else []
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
-        raise
-
-
-def _leaves(output: Tensor) -> set[Tensor]:
-    """The leaves that autograd leads to from `output` (tensors hash by identity)."""
-    seen: set[Any] = set()
-    leaves: set[Tensor] = set()
-    stack = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(node.variable)
-        stack += [following for following, _ in node.next_functions]
-    return leaves
-
-
-class Passes:
-    """The passes of one step: fixed model, input, threat model and number of inner steps."""
-
-    def __init__(
-        self, model: nn.Module, first_layer: nn.Module | str | None, x: Tensor, *, steps: int, threat: Tensor,
-        norm: int, normalisation: Normalisation, backward: Callable[[Tensor], Any] | None,
-    ) -> None:  # fmt: skip
-        self.model, self.first_layer, self.x = model, first_layer, x
-        self.steps, self.threat, self.norm, self.normalisation = steps, threat, norm, normalisation
-        self.backward = backward or torch.Tensor.backward
-        self.allow_tf32 = resolve_allow_tf32(None)
-        self.carry = Carry()
-        self.base = list(layers.unwrapped(model))[-1]
-        modules = list(self.base.modules())
-        self.surroundings = tuple(map(id, modules))
-        self.interposition = self._lookup(modules)
-        if isinstance(self.interposition, Interposition):
-            self.interposition.check_channels(x)
-
-    # --- which layer ---
-
-    @property
-    def is_new(self) -> bool:
-        """Whether no pass has gone through this model's first layer yet."""
-        return isinstance(self.interposition, Discovery) or not self.interposition.verified
-
-    @property
-    def logits(self) -> tuple[int, int] | None:
-        """How many classes and dimensions the model's output has, once a pass has shown it."""
-        return self.interposition.logits
-
-    @logits.setter
-    def logits(self, value: tuple[int, int]) -> None:
-        self.interposition.logits = value
-
-    @property
-    def _key(self) -> Any:
-        return id(self.first_layer) if isinstance(self.first_layer, nn.Module) else self.first_layer
-
-    def _lookup(self, modules: list[nn.Module]) -> Interposition | Discovery:
-        """The interposition of a known first layer, a new one for a layer that is named, or else a discovery."""
-        known = _known.setdefault(self.model, {})
-        present = set(modules)
-        for key in [key for key, other in known.items() if other.layer not in present]:
-            del known[key]
-        layer = (
-            layers.declared(self.model) if self.first_layer is None else layers.resolve(self.model, self.first_layer)
-        )
-        if layer is None and None in known and known[None].surroundings == self.surroundings:
-            layer = known[None].layer
-        if layer is None:
-            return Discovery({m: layers.describe(m, self.x) for m in layers.candidates(self.base)})
-        same = next((other for other in known.values() if other.layer is layer), None)
-        if (
-            same is not None
-            and same.surroundings == self.surroundings
-            and same.plan.circumstances == layers.circumstances(layer)
-        ):
-            return same
-        return Interposition(layer, layers.describe(layer, self.x))
-
-    def _adopt(self) -> Interposition:
-        """Settle for the layer that a first pass went through."""
-        at = self.interposition
-        found = at.found if isinstance(at, Discovery) else at
-        if found is None or at.calls == 0:
-            raise ValueError(self._never_ran(at))
-        if at.calls > 1:
-            raise ValueError(self._ran_often(found))
-        found.logits, found.surroundings = at.logits, self.surroundings
-        self.interposition = found
-        if found.layer is not self.model:  # (the entry would keep its own key alive)
-            _known[self.model][self._key] = found
-        return found
-
-    def _never_ran(self, at: Interposition | Discovery) -> str:
-        if isinstance(at, Interposition):
-            name = repr(self.first_layer) if isinstance(self.first_layer, str) else f"the {type(at.layer).__name__}"
-            return f"first_layer must be a layer that the model runs; {name} did not run"
-        met = f" (the first one ran was a {at.passed_over[0]})" if at.passed_over else ""
-        return f"first_layer=None found no Conv2d or Linear that runs on the model's input{met}: name the first layer"
-
-    @staticmethod
-    def _ran_often(at: Interposition) -> str:
-        return f"first_layer must run once in a forward pass; the {type(at.layer).__name__} ran {at.calls} times"
-
-    # --- one pass ---
-
-    def run(
-        self, eta: Tensor, objective: Callable[[Any], Tensor], *, gradient_before: bool, gradient_after: bool,
-        mask_start: bool = False, scale: float = 1.0, synchronise: bool = True, more: bool = False,
-    ) -> PassResult:  # fmt: skip
-        """Forward at x + eta, `objective` of the output, backward of `scale` times it; gives the moved perturbation.
-
-        `more` announces another pass with these weights, at the perturbation that this one gives.
-        """
-        self.carry.wanted = more
-        leaf = eta.detach().requires_grad_()
-        reached: list[None] = []
-        leaf.register_post_accumulate_grad_hook(lambda _: reached.append(None))  # to keep the leaf would be a cycle
-        with torch.no_grad():
-            u = normalised(self.x + eta, self.normalisation.mean, self.normalisation.std)
-        circumstances = (self.base.training, bool(self.normalisation.mean))
-        first = isinstance(self.interposition, Discovery) or circumstances not in self.interposition.verified
-        now = Pass(
-            self.x, leaf, u, self.steps, self.threat, self.norm, mask_start, gradient_before, gradient_after,
-            self.normalisation, self.allow_tf32, self.carry, first,
+    def __post_init__(self) -> None:
+        found = self.found
+        modules = tuple(m for m in (reference() for reference in found.modules) if m is not None)
+        before, conv, norm = self.outer.then(found.inner), None, None
+        geometry: tuple[Any, ...] = ([], [], [], 1, 0, 0.0)
+        whole = before
+        if isinstance(found.layer, FusedLayer):
+            layer, conv = found.layer, found.layer.conv()
+            assert conv is not None
+            norm = None if layer.batch_norm is None else layer.batch_norm()
+            whole = before.then(layer.normalisation)
+            geometry = (
+                list(conv.stride), list(layer.padding), list(conv.dilation), conv.groups, layer.activation,
+                layer.negative_slope,
+            )  # fmt: skip
+        self.settings = Settings(  # type: ignore[call-arg]
+            list(whole.mean), list(whole.std), *geometry, self.steps, NORMS[self.ball.norm], self.mask_start, False, False,
+            self.allow_tf32, self.inspection.input_dtype,
         )  # fmt: skip
-        with ExitStack() as stack:
-            if not synchronise:
-                stack.enter_context(unsynchronised(self.model))
-            stack.enter_context(self.interposition.installed(now))
-            output, loss = self._first_forward(now, objective) if first else self._forward(now, objective)
-            self.descend(loss if scale == 1.0 else loss * scale)
-        assert isinstance(self.interposition, Interposition)
-        if len(reached) != 1 or leaf.grad is None or now.given.grad is not None:
-            raise RuntimeError(
-                f"the backward pass must reach the input through the first layer, once; it did {len(reached)} times"
-                + (", and by another path inside a reentrant checkpoint" if now.given.grad is not None else "")
-                + ("" if reached else ": `backward` must run one backward pass")
-            )
-        self.interposition.verified.add(circumstances)
-        return PassResult(leaf.grad.detach(), loss.detach(), detached(output))
+        forwards = tuple(module.forward for module in modules)
+        self.place = Place(modules, forwards, found.layer, conv, norm, before, not found.inner)
+        self.stand_in: StandIn = stand_in_of(modules[-1])
+        # Full backward hooks run when the gradient of a module's input is there: an input that wants one and gets none
+        # would keep them from running.
+        self.probed = found.reentrant or not any(m._backward_hooks for m in self.inspection.modules)
+        self.threat = None
+        if "torch._dynamo" in sys.modules and self.ball.numbers is not None:
+            self.threat = self.ball.table
+        # The loss is unknown before the first pass: if it is refused there, buffers are put back.
+        self.unseen = SavedBuffers(self.model) if self.inspection.new else None
+        self.without_gradient = [p for p in self.inspection.parameters if p.grad is None]
+        self.check = self.x.new_zeros(2).requires_grad_() if self.threat is not None else self.x
+        raise_late_errors(self.stand_in)
 
-    def descend(self, loss: Tensor) -> None:
-        """The backward pass, outside of any autocast that the forward ran under."""
-        with torch.autocast(self.x.device.type, enabled=False):
-            self.backward(loss)
+    def output(self, eta: Tensor | float) -> Any:
+        """What the model answers for a perturbation, without a stand-in."""
+        return self.forward(self.model, self.input(eta))
+
+    def input(self, eta: Tensor | float) -> Tensor:
+        """What the model gets for a perturbation."""
+        u, dtype = self.outer(self.x + eta), self.inspection.input_dtype
+        return u if u.dtype == dtype else u.to(dtype)
+
+    def __call__(
+        self, eta: Tensor, objective: Callable[[Any], Tensor], gradients: Gradients, *, scale: float = 1.0,
+        synchronise: bool = True,
+    ) -> tuple[Tensor, Tensor, Any]:  # fmt: skip
+        """Forward at x + eta, `objective` of the output, backward of `scale` times it.
+
+        Returns:
+            (the perturbation after the inner steps, the objective, the model's output), all detached.
+
+        Raises:
+            ValueError: `first_layer` or the model is not as the inspection found it; `.grad` is as before the step if it was
+                None then.
+        """
+        # The model's input is no leaf (a model may overwrite it), but leads to one. Its gradient is the other ways from the
+        # input to the loss: the first layer gets its input from `eta` below.
+        probe = eta.detach()
+        if self.probed:
+            probe.requires_grad_()
+        given = self.input(probe)
+        x, stand_in = self.x, self.stand_in
+        self.check.grad = None
+        settings = self.settings._replace(gradient_before=gradients.before, gradient_after=gradients.after)
+        run = Run(self.place, x, eta.detach().requires_grad_(), self.check, given, self.ball, settings, self.threat)
+        stand_in.begin(run)
+        try:
+            if self.inspection.shared and not synchronise:
+                with unsynchronised(self.model):
+                    loss, output = self._both_ways(run, objective, scale)
+            else:
+                loss, output = self._both_ways(run, objective, scale)
+        finally:
+            stand_in.run = None
+        self._judge(run, probe)
+        assert run.eta.grad is not None
+        return run.eta.grad, loss, detached(output)
+
+    def _both_ways(self, run: Run, objective: Callable[[Any], Tensor], scale: float) -> tuple[Tensor, Any]:
+        unseen, self.unseen = self.unseen, None
+        with nullcontext() if unseen is None else unseen.put_back_on_error():
+            with self.stand_in.installed():
+                output = self.forward(self.model, run.given)
+            run.end = torch._C._autograd._get_sequence_nr()
+            if run.calls > 1:
+                self._fail(f"first_layer must run once in a forward pass; the {self._name} ran {run.calls} times")
+            loss = _scalar(objective(output))  # which may run the model, too
+        with self.stand_in.installed():
+            self.descend(loss, scale)
+        return loss.detach(), output
+
+    def descend(self, loss: Tensor, scale: float = 1.0) -> None:
+        """The backward pass of `scale` times the loss, outside of any autocast that the forward ran under."""
+        try:
+            if not torch.is_autocast_enabled(self.x.device.type):
+                self._backward(loss, scale)
+                return
+            with torch.autocast(self.x.device.type, enabled=False):
+                self._backward(loss, scale)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            message = (
+                "loss_fn keeps a graph that several passes use, and the first of them freed it: give "
+                "backward=lambda loss: loss.backward(retain_graph=True)"
+            )
+            raise RuntimeError(message + self._taken_back()) from error
         # Its copies of the weights are old if an optimizer steps between passes, or inside of backward.
         torch.clear_autocast_cache()
 
-    def _forward(self, now: Pass, objective: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
-        assert isinstance(self.interposition, Interposition)
-        if self.interposition.recomputed:
-            now.given.requires_grad_()  # a reentrant checkpoint has a backward only if its input wants one
-        output = self.model(now.given)
-        loss = self._scalar(objective(output))  # which might run the model, too
-        if self.interposition.calls > 1:
-            raise ValueError(self._ran_often(self.interposition))
-        return output, loss
+    def _backward(self, loss: Tensor, scale: float) -> None:
+        if self.backward is not None:
+            self.backward(loss if scale == 1.0 else loss * scale)
+        else:
+            torch.autograd.backward(loss, None if scale == 1.0 else torch.full_like(loss, scale))
 
-    def _first_forward(self, now: Pass, objective: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
-        """The forward of a first pass: in eager mode, everything looked at before any gradient or buffer changes."""
-        now.given.requires_grad_()
-        with restored_buffers_on_error(self.model), torch.compiler.set_stance("force_eager"):
-            output = self.model(now.given.clone())  # a model may overwrite its input
-            found = self._adopt()
-            loss = self._scalar(objective(output))
-            if found.calls > 1:
-                raise ValueError(self._ran_often(found))
-            name = type(found.layer).__name__
-            reached = _leaves(loss)
-            if found.recomputed and now.given in reached:
-                return output, loss  # what is inside a reentrant checkpoint shows only in the backward pass
-            if now.given in reached:
-                raise ValueError(
-                    f"first_layer must be the only way from the input to the output; the model also uses its input "
-                    f"beside the {name}: give a first_layer that contains every use of it"
-                )
-            if now.eta not in reached:
-                raise ValueError(f"first_layer must lead to the loss; the loss does not depend on the {name}")
-        return output, loss
+    # --- what every pass shows ---
 
-    @staticmethod
-    def _scalar(loss: Tensor) -> Tensor:
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn must return a scalar tensor; got {got}")
-        return loss if loss.dim() == 0 else loss.reshape(())
+    def _judge(self, run: Run, probe: Tensor) -> None:
+        """Errors of what the forward and the backward pass showed."""
+        seen = run.check.grad  # not None: the node ran in a compiled graph
+        if run.x.device.type != "cpu":
+            if run.eta.grad is None:
+                self._fail(self._unreached(0, False))
+            flags = [*run.flags, *([] if seen is None else [seen]), *([] if probe.grad is None else [probe.grad.any()])]
+            keep_for_later(self.stand_in, flags, self._late)
+            return
+        reached, other = (run.backwards, 0) if seen is None else seen.tolist()
+        bypassed = probe.grad is not None and bool(probe.grad.any())
+        if bypassed or reached != 1 or run.eta.grad is None:
+            self._fail(self._unreached(int(reached), bypassed))
+        if other:
+            self._fail(other_input(self.place.modules[0], run.given))
+
+    def _unreached(self, reached: int, bypassed: bool) -> str:
+        if bypassed and reached == 1 and not self.found.reentrant:
+            return (
+                f"first_layer must be the only way from the input to the output; the model also uses its input beside the "
+                f"{self._name}: give a first_layer that contains every use of it"
+            )
+        return (
+            f"the backward pass must reach the input through first_layer, once; it did {reached} times"
+            + (", and by another path inside a reentrant checkpoint" if bypassed else "")
+            + ("" if reached else ": `backward` must run one backward pass, and the loss depend on the first layer")
+        )
+
+    @property
+    def _late(self) -> str:
+        return (
+            f"first_layer must be the only way from the input to the output, run once, on the model's input: in an earlier "
+            f"step's pass the {self._name} was not, and that step's gradients are wrong"
+        )
+
+    def _fail(self, message: str) -> None:
+        """Raise, with the gradients that this step made gone."""
+        kind = RuntimeError if message.startswith("the backward pass") else ValueError
+        raise kind(message + self._taken_back())
+
+    def _taken_back(self) -> str:
+        """Gradients that were None before the step are None again; what to say of the others."""
+        for parameter in self.without_gradient:
+            parameter.grad = None
+        others = any(p.grad is not None for p in self.inspection.parameters)
+        return "; `.grad` holds parts of this step and is unusable" if others else ""
+
+    @property
+    def _name(self) -> str:
+        return type(self.place.modules[-1]).__name__
+
+
+# --- on an accelerator: flags are read in the next step, when they are there ---
+
+_pending: dict[int, tuple[Any, Tensor, str]] = {}
+
+
+def keep_for_later(stand_in: StandIn, flags: list[Tensor], message: str) -> None:
+    """Copy flags to the host without waiting: True, or [calls, another input] of a compiled graph, are errors."""
+    if not flags or torch.cuda.is_current_stream_capturing():
+        return
+    bad = torch.stack([f if f.dim() == 0 else (f[0] != 1) | (f[1] != 0) for f in flags]).any()
+    host = torch.empty((), dtype=torch.bool, pin_memory=True)
+    host.copy_(bad, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    _pending[id(stand_in)] = event, host, message
+
+
+def raise_late_errors(stand_in: StandIn) -> None:
+    """ValueError for what an earlier step's passes showed."""
+    event, host, message = _pending.get(id(stand_in), (None, None, ""))
+    if event is None or torch.cuda.is_current_stream_capturing() or not event.query():
+        return
+    del _pending[id(stand_in)]
+    if bool(host):
+        raise ValueError(message)
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor; got {got}")
+    return loss if loss.dim() == 0 else loss.reshape(())

@@ -1,41 +1,75 @@
 """The first layer as one autograd node, so that a model's own backward pass updates the perturbation.
 
-`first_layer_node` computes y0 = f0(x + eta). In its backward it receives the costate p = dL/dy0 and returns, as the
-"gradient" of the leaf `eta`, the perturbation after n inner steps; the gradients of the first layer's parameters come
-out as ordinary gradients: at the perturbation the pass ran at (`gradient_before`), at the one its costate led to
-(`gradient_after`), the sum of both, or none. The node is a pure function of its arguments: what `torch.compile`,
-DistributedDataParallel or a gradient scaler do around a layer they can do around it.
+The node computes y0 = f0(x + eta). In its backward it receives the costate p = dL/dy0 and returns, as the "gradient" of the
+leaf `eta`, the perturbation after n inner steps; the gradients of the first layer's parameters come out as ordinary
+gradients: at the perturbation the pass ran at (`gradient_before`), at the one its costate led to (`gradient_after`), the sum
+of both, or none. The node is a pure function of its arguments: what torch.compile, DistributedDataParallel or a gradient
+scaler do around a layer they can do around it.
 
-The numbers of the threat model come as a tensor `threat` on the CPU, [step_size, eps, lo, hi] by [1 or C]: a compiled
-graph would hold numbers as constants, and a schedule of eps would compile it again and again.
+`FusedNode` is the node of eager mode. `first_layer_node` is the same as an operator, for compiled graphs. It takes two
+things more. The threat model comes as a tensor `threat` on the CPU, [step_size, eps, lo, hi] by [1 or C]: a graph would hold
+numbers as constants, and a schedule of eps would compile it again and again. And a leaf `check` [2] receives as its
+"gradient" [1, whether the layer's input was another one than x + eta normalised], judged by a few pixels, `seen`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import ops
-from ..kernels.dispatch import choose
-from ..kernels.reference import activate
+from ..kernels import ops, reference
+from ..kernels.constants import ACTIVATIONS
+from ..kernels.dispatch import run
+from ..threat import Ball
 from ..validation import COSTATE_DTYPES
+from .normalisation import differs, normalised, sample
 
 
-def per_channel(values: Sequence[float], like: Tensor) -> Tensor | float:
-    """One value as a number, several as a tensor [C, 1, 1] made on the device (a copy from the host would wait)."""
-    if len(values) == 1:
-        return values[0]
-    return torch.stack([like.new_full((), value) for value in values])[:, None, None]
+class Settings(NamedTuple):
+    """What a node needs besides tensors, in the order of the operators' arguments."""
+
+    mean: list[float]
+    std: list[float]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    activation: int
+    negative_slope: float
+    steps: int
+    norm: int
+    mask_start: bool
+    gradient_before: bool
+    gradient_after: bool
+    allow_tf32: bool
+    dtype: torch.dtype  # of y0
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
 
 
-def normalised(u: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(u - mean) / std, scalars or per channel; u itself where they are empty."""
-    return (u - per_channel(mean, u)) / per_channel(std, u) if mean else u
+Update = Callable[..., tuple[Tensor, ...]]  # (x, eta, p, weight, bias, scale, shift, settings, steps, need_weight_grad)
+
+
+def update_of(ball: Ball) -> Update:
+    """The update with a threat model's constants, on the backend that suits its arguments."""
+
+    def update(
+        x: Tensor, eta: Tensor, p: Tensor, weight: Any, bias: Any, scale: Any, shift: Any, settings: Settings, steps: int,
+        need_weight_grad: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        s = settings
+        return run(
+            x, eta, p, weight, bias, scale, shift, s.mean, s.std, *s.geometry, s.activation, s.negative_slope, steps,
+            *ball.operator_constants, s.norm, s.mask_start, False, need_weight_grad, s.allow_tf32,
+        )  # fmt: skip
+
+    return update
 
 
 def costate_for(p: Tensor, x: Tensor) -> Tensor:
@@ -46,24 +80,98 @@ def costate_for(p: Tensor, x: Tensor) -> Tensor:
     return p if dense else p.contiguous()
 
 
-def threat_tensor(*constants: list[float]) -> Tensor:
-    """step_size, eps, lo, hi, each with 1 or C values, as the node takes them."""
-    width = max(map(len, constants))
-    rows = [values * (width // len(values)) for values in constants]
-    return torch.tensor(rows, dtype=torch.float64, device="cpu")  # whatever the default device is
+def as_parameter(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """The gradient in its parameter's dtype."""
+    if parameter is None or gradient is None or parameter.dtype == gradient.dtype:
+        return None if parameter is None else gradient
+    return gradient.to(parameter.dtype)
 
 
-def threat_constants(threat: Tensor) -> list[list[float]]:
-    """step_size, eps, lo, hi of a `threat_tensor`, as the operator takes them."""
-    return [values[:1] if len(set(values)) == 1 else values for values in threat.tolist()]
+def convolve(
+    x: Tensor, eta: Tensor, weight: Tensor, bias: Tensor | None, mean: Sequence[float], std: Sequence[float],
+    geometry: tuple[Any, ...], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The convolution of the normalised x + eta, in `dtype`."""
+    u = normalised(x + eta, mean, std)  # type: ignore[arg-type]
+    if not (u.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)):
+        u, weight, bias = u.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return torch.conv2d(u, weight, bias, *geometry)
 
 
-def update(threat: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """The operator, on the backend that suits its arguments, with the numbers of the threat model from `threat`."""
+def add_up(total: list[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums term by term, None being nothing."""
+    return [t if s is None else s if t is None else s + t for s, t in zip(total, terms, strict=True)]
+
+
+def output(x: Tensor, eta: Tensor, parameters: Sequence[Any], settings: Settings) -> Tensor:
+    """y0 = act(scale * conv2d((x + eta - mean) / std, weight, bias) + shift) in `settings.dtype` [B, K, OH, OW]."""
+    weight, bias, scale, shift = parameters
+    z = convolve(x, eta, weight, bias, settings.mean, settings.std, settings.geometry, settings.dtype)
+    if scale is not None:
+        z = z * scale[:, None, None]
+    if shift is not None:
+        z = z + shift[:, None, None]
+    z = reference.activate(z, settings.activation, settings.negative_slope)
+    return z if z.dtype == settings.dtype else z.to(settings.dtype)
+
+
+def results(
+    update: Update,
+    x: Tensor,
+    eta: Tensor,
+    p: Tensor,
+    parameters: Sequence[Tensor | None],
+    settings: Settings,
+    wanted: bool,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The perturbation after the inner steps, and the gradients of the parameters (None where they are not wanted)."""
+    p = costate_for(p, x)
+    # The operator works in x's dtype; the parameters of a half-precision model are widened for it.
+    wide = [t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t in parameters]
+    after = wanted and settings.gradient_after
+    new_eta, _, *gradients = update(x, eta, p, *wide, settings, settings.steps, after)
+    total: list[Tensor | None] = list(gradients) if after else [None] * 4
+    if wanted and settings.gradient_before:
+        total = add_up(total, update(x, eta, p, *wide, settings, 0, True)[2:])
+    return new_eta, [as_parameter(*pair) for pair in zip(parameters, total, strict=True)]
+
+
+def as_in_forward(parameters: Sequence[Tensor | None], settings: Settings) -> tuple[Tensor | None, ...]:
+    """Parameters to keep for the backward pass: copies where the layer is not affine.
+
+    A hook may change weights through `.data` before the node's backward runs. An affine layer's weight gradient does not
+    depend on them; another layer's would be taken at an activation that the forward never had.
+    """
+    if settings.activation == ACTIVATIONS["identity"]:
+        return tuple(parameters)
+    return tuple(None if t is None else t.detach().clone() for t in parameters)
+
+
+class FusedNode(torch.autograd.Function):
+    """The node in eager mode, without the dispatch of an operator, which costs more than a small first layer."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, settings: Settings, eta: Tensor, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        ctx.run, ctx.settings = run, settings
+        ctx.save_for_backward(eta, x, *as_in_forward(parameters, settings))
+        return output(x, eta, parameters, settings)
+
+    @staticmethod
+    def backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:
+        eta, x, *parameters = ctx.saved_tensors
+        ctx.run.backwards += 1
+        wanted = any(ctx.needs_input_grad[4:])
+        new_eta, gradients = results(update_of(ctx.run.ball), x, eta, p, parameters, ctx.settings, wanted)
+        return None, None, new_eta, None, *gradients
+
+
+# --- the operators of compiled graphs ---
+
+
+def _update_by_table(threat: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *layer, steps, norm, mask_start, need_output, need_weight_grad, allow_tf32 = arguments
-    flags = (norm, mask_start, need_output, need_weight_grad, allow_tf32)
-    full = (x, *layer, steps, *threat_constants(threat), *flags)
-    return choose(*full).run(*full)
+    numbers = [row[:1] if len(set(row)) == 1 else row for row in threat.tolist()]
+    return run(x, *layer, steps, *numbers, norm, mask_start, need_output, need_weight_grad, allow_tf32)
 
 
 _NUMBERS = "float[] step_size, float[] eps, float[] lo, float[] hi, "
@@ -72,11 +180,31 @@ _library.define(
     "first_layer_update_by_tensor" + ops.SCHEMA.replace("(Tensor x", "(Tensor threat, Tensor x").replace(_NUMBERS, ""),
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("first_layer_update_by_tensor", update, "CompositeExplicitAutograd")
+_library.impl("first_layer_update_by_tensor", _update_by_table, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "yopo_ext::first_layer_update_by_tensor", lambda threat, *arguments: ops.fake(*arguments), lib=_library
 )
-update_operator = torch.ops.yopo_ext.first_layer_update_by_tensor.default
+_update_operator = torch.ops.yopo_ext.first_layer_update_by_tensor.default
+
+
+def update_in_graph(threat: Tensor) -> Update:
+    """`update_of` with the threat model's constants from a tensor, as one operator of a compiled graph."""
+
+    def update(x, eta, p, weight, bias, scale, shift, settings: Settings, steps: int, need_weight_grad: bool):
+        s = settings
+        return _update_operator(
+            threat, x, eta, p, weight, bias, scale, shift, s.mean, s.std, *s.geometry, s.activation, s.negative_slope,
+            steps, s.norm, s.mask_start, False, need_weight_grad, s.allow_tf32,
+        )  # fmt: skip
+
+    return update
+
+
+def verdict(seen: Tensor, x: Tensor, eta: Tensor, settings: Settings) -> Tensor:
+    """[1, whether `seen` are other pixels than those of x + eta normalised]: the "gradient" of `check`."""
+    expected = normalised(sample(x) + sample(eta), settings.mean, settings.std)
+    other = differs(seen, expected.to(seen.dtype)).to(x.dtype)
+    return torch.stack([torch.ones_like(other), other])
 
 
 def in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,24 +218,10 @@ def in_full_precision(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def as_parameter(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-    """The gradient in its parameter's dtype."""
-    return None if parameter is None or gradient is None else gradient.to(parameter.dtype)
-
-
-def convolve(x, eta, weight, bias, mean, std, geometry, dtype) -> Tensor:
-    """The convolution of the normalised x + eta, in `dtype`."""
-    u = normalised(x + eta, mean, std).to(dtype)
-    return torch.nn.functional.conv2d(u, weight.to(dtype), None if bias is None else bias.to(dtype), *geometry)
-
-
-def add_up(total: list[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Sums term by term, None being nothing."""
-    return [t if s is None else s if t is None else s + t for s, t in zip(total, terms, strict=True)]
-
-
 def _forward(
     eta: Tensor,
+    check: Tensor,
+    seen: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -130,82 +244,34 @@ def _forward(
     allow_tf32: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y0 = act(scale * conv2d((x + eta - mean) / std, weight, bias) + shift) in `dtype` [B, K, OH, OW]."""
-    z = convolve(x, eta, weight, bias, mean, std, (stride, padding, dilation, groups), dtype)
-    if scale is not None:
-        z = z * scale[:, None, None]
-    if shift is not None:
-        z = z + shift[:, None, None]
-    return activate(z, activation, negative_slope).to(dtype)
+    settings = Settings(
+        list(mean), list(std), list(stride), list(padding), list(dilation), groups, activation, negative_slope, steps, norm,
+        mask_start, gradient_before, gradient_after, allow_tf32, dtype,
+    )  # fmt: skip
+    return output(x, eta, (weight, bias, scale, shift), settings)
 
 
 first_layer_node = torch.library.custom_op("yopo_ext::first_layer_node", _forward, mutates_args=())
 
 
 @first_layer_node.register_fake
-def _(eta, x, weight, bias, scale, shift, threat, mean, std, stride, padding, dilation, groups, *rest) -> Tensor:
-    dtype = rest[-1]
-    geometry = (stride, padding, dilation, groups)
-    return torch.nn.functional.conv2d(x.to(dtype), weight.to(dtype), None, *geometry)
+def _(eta, check, seen, x, weight, bias, scale, shift, threat, *settings) -> Tensor:
+    s = Settings(*settings)
+    return torch.nn.functional.conv2d(x.to(s.dtype), weight.to(s.dtype), None, *s.geometry)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.settings = inputs[7:]
-    ctx.update, ctx.carry = update_operator, None
+    ctx.save_for_backward(*inputs[:9])
+    ctx.settings = Settings(*inputs[9:])
 
 
 @in_full_precision
 def _backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:
-    eta, x, weight, bias, scale, shift, threat = ctx.saved_tensors
-    *geometry, steps, norm, mask_start, before, after, allow_tf32, _ = ctx.settings
-    p = costate_for(p, x)
-    parameters = (weight, bias, scale, shift)
-    # The operator works in x's dtype; the parameters of a half-precision model are widened for it.
-    layer = (*(None if t is None else t.to(x.dtype) for t in parameters), *geometry)
-    wanted = any(ctx.needs_input_grad[2:6])
-    carried = ctx.carry is not None
-    new_eta, output, *gradients = ctx.update(
-        threat, x, eta, p, *layer, steps, norm, mask_start, carried, wanted and after, allow_tf32
-    )
-    if carried:
-        ctx.carry.output = output
-    total: list[Tensor | None] = list(gradients) if wanted and after else [None] * 4
-    if wanted and before:
-        total = add_up(total, ctx.update(threat, x, eta, p, *layer, 0, norm, False, False, True, allow_tf32)[2:])
-    return new_eta, None, *map(as_parameter, parameters, total), None, *[None] * len(ctx.settings)
+    eta, _, seen, x, *parameters, threat = ctx.saved_tensors
+    wanted = any(ctx.needs_input_grad[4:8])
+    new_eta, gradients = results(update_in_graph(threat), x, eta, p, parameters, ctx.settings, wanted)
+    checked = verdict(seen, x, eta, ctx.settings)
+    return new_eta, checked, None, None, *gradients, None, *[None] * len(ctx.settings)
 
 
 first_layer_node.register_autograd(_backward, setup_context=_setup)
-
-
-@dataclass
-class Carry:
-    """Hands the output at the moved perturbation to the next pass: the update reads the costate for it anyway."""
-
-    wanted: bool = False  # whether there is a next pass that may start from it
-    output: Tensor | None = None
-    state: Any = None  # what the layer was when it was computed
-
-    def take(self, state: Any, dtype: torch.dtype) -> list[Tensor]:
-        """The output, once, if the layer is still in the same state, or nothing."""
-        output, self.output = self.output, None
-        same = output is not None and self.state == state and output.dtype == dtype
-        self.state = state
-        return [output] if same else []  # type: ignore[list-item]
-
-
-class FirstLayerNode(torch.autograd.Function):
-    """`first_layer_node` for eager mode, without the operator dispatch, which costs more than a small first layer."""
-
-    @staticmethod
-    def forward(ctx: Any, carry: Carry | None, ready: list[Tensor], *inputs: Any) -> Tensor:
-        # In a list: a tensor among the inputs would come out as a view, which the next layer may not overwrite.
-        output = ready.pop() if ready else _forward(*inputs)
-        _setup(ctx, inputs, output)
-        ctx.update, ctx.carry = update, carry
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:
-        return None, None, *_backward(ctx, p)

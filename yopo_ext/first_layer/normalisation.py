@@ -1,4 +1,4 @@
-"""Per-channel input normalisation: composed, recognised in a module, and found between two tensors."""
+"""Per-channel normalisation of the input by constants: applied, composed, recognised in a module, and fitted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from .. import validation
+from ..kernels.reference import constant
+from ..validation import Constants
 
 
 @dataclass(frozen=True)
@@ -15,14 +19,38 @@ class Normalisation:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()  # as long as mean
 
+    @staticmethod
+    def given(mean: Constants | None, std: Constants | None, channels: int) -> Normalisation:
+        """The normalisation of a caller's arguments; ValueError naming the one that is wrong."""
+        return Normalisation(*validation.normalisation(mean, std, channels))
+
+    def __bool__(self) -> bool:
+        return bool(self.mean)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """(u - mean) / std for u [B, C, H, W]; u itself where there is none."""
+        return normalised(u, self.mean, self.std)
+
     def then(self, other: Normalisation) -> Normalisation:
         """This one followed by the other, as one."""
-        if not (self.mean and other.mean):
-            return other if other.mean else self
+        if not (self and other):
+            return other or self
         width = max(len(self.mean), len(other.mean))
         m1, s1, m2, s2 = (v * (width // len(v)) for v in (self.mean, self.std, other.mean, other.std))
         mean = tuple(a + s * b for a, s, b in zip(m1, s1, m2, strict=True))
         return Normalisation(mean, tuple(a * b for a, b in zip(s1, s2, strict=True)))
+
+
+NONE = Normalisation()
+
+
+def normalised(u: Tensor, mean: tuple[float, ...] | list[float], std: tuple[float, ...] | list[float]) -> Tensor:
+    """(u - mean) / std, scalars or per channel; u itself where they are empty."""
+    if not mean:
+        return u
+    if len(mean) == 1:
+        return (u - mean[0]) / std[0]
+    return (u - constant(list(mean), u)) / constant(list(std), u)
 
 
 def normalisation_of(module: nn.Module, u: Tensor) -> Normalisation | None:
@@ -48,64 +76,80 @@ def matches(observed: Tensor, expected: Tensor) -> bool:
     """Whether two inputs are the same values up to the rounding of `observed`'s dtype and a flattening."""
     if observed is expected:
         return True
-    if observed.numel() == 0:
-        return observed.shape == expected.shape
-    if observed.numel() != expected.numel() or observed.shape[:1] != expected.shape[:1]:
-        return False
-    if not observed.dtype.is_floating_point or observed.device != expected.device:
-        return False
-    if observed.shape != expected.shape and observed.shape[1:] != (expected[0:1].numel(),):
+    if not same_elements(observed, expected):
         return False
     expected = expected.reshape(observed.shape).to(observed.dtype)
+    return not bool(differs(observed, expected)) if observed.numel() else True
+
+
+def same_elements(observed: Tensor, expected: Tensor) -> bool:
+    """Whether `observed` has the shape of `expected` [B, C, H, W], or that of it flattened, [B, C*H*W]."""
+    if not observed.dtype.is_floating_point or observed.device != expected.device:
+        return False
+    return observed.shape in (expected.shape, (expected.shape[0], expected[0:1].numel() or expected[0].numel()))
+
+
+def differs(observed: Tensor, expected: Tensor) -> Tensor:
+    """Whether two tensors of one shape and dtype differ by more than rounding, as a tensor; NaN equals everything."""
     # Normalising rounds at the size of the largest values: (u - mean) / std may cancel.
-    rounding = 4 * torch.finfo(observed.dtype).eps * float(torch.nan_to_num(expected).abs().amax())
-    return bool(torch.isclose(observed, expected, rtol=0, atol=rounding, equal_nan=True).all())
+    rounding = 8 * torch.finfo(observed.dtype).eps * (1 + torch.nan_to_num(expected).abs().amax())
+    return ((observed - expected).abs() > rounding).any()
+
+
+def sample(u: Tensor) -> Tensor:
+    """A few pixels per channel of u [B, C, H, W]."""
+    return u[:, :, :: max(u.shape[2] // 4, 1), :: max(u.shape[3] // 4, 1)]
 
 
 _ARITHMETIC = ("Sub", "Rsub", "Add", "Mul", "Div", "Neg", "ToCopy", "Clone")
+_LIMITS = ("Clamp", "ClampMin", "ClampMax", "Hardtanh", "Minimum", "Maximum", "Fmin", "Fmax")
 _ARRANGEMENT = (
-    "Alias",
-    "View",
-    "UnsafeView",
-    "Expand",
-    "Select",
-    "Slice",
-    "Unsqueeze",
-    "Stack",
-    "Cat",
-    "Unbind",
-    "Split",
+    "Alias", "View", "UnsafeView", "ReshapeAlias", "Expand", "Select", "Slice", "Unsqueeze", "Squeeze", "Stack", "Cat",
+    "Unbind", "Split", "Contiguous", "Permute", "Transpose",
+)  # fmt: skip
+# Identities that hooks and fully_shard put around a module's inputs.
+_MARKS = ("BackwardHookFunctionBackward", "RegisterPostBackwardFunctionBackward")
+_ELEMENTWISE = frozenset(
+    [*_MARKS, *(f"{name}Backward{i}" for name in _ARITHMETIC + _LIMITS + _ARRANGEMENT for i in range(3))]
 )
-_ELEMENTWISE = frozenset(f"{name}Backward0" for name in _ARITHMETIC + _ARRANGEMENT)
 
 
-def _elementwise_since_input(observed: Tensor) -> bool:
-    """Whether autograd saw only arithmetic with constants between a leaf (the model's input) and `observed`."""
+def _elementwise_since(leaf: Tensor, observed: Tensor) -> bool:
+    """Whether autograd saw only arithmetic with constants between `leaf` (the model's input) and `observed`."""
     leaves, stack = set(), [observed.grad_fn]
     while stack:
         node = stack.pop()
         if node is None:
             continue
         if hasattr(node, "variable"):
-            leaves.add(node)
+            leaves.add(node.variable)
         elif type(node).__name__ in _ELEMENTWISE:
             stack += [following for following, _ in node.next_functions]
         else:
             return False
-    return len(leaves) == 1
+    return leaves == {leaf} or observed is leaf
 
 
-def fitted_normalisation(observed: Tensor, given: Tensor) -> Normalisation | None:
-    """The per-channel normalisation that took `given` to `observed`, if that is all that happened between them."""
-    if observed.shape != given.shape or observed.numel() == 0 or not _elementwise_since_input(observed):
+def fitted(observed: Tensor, given: Tensor, leaf: Tensor) -> Normalisation | None:
+    """The per-channel normalisation that took `given` to `observed`, if that is all that happened between them.
+
+    observed: what arrived at a layer. given: the values that the model was called with; they vary in every channel, so that
+    the constants are determined. leaf: the tensor that autograd knows the model's input as; `observed` has no graph
+    if it was computed inside a reentrant checkpoint.
+    """
+    if observed.requires_grad and not _elementwise_since(leaf, observed):
+        return None
+    if matches(observed.detach(), given):
+        return Normalisation()
+    if observed.shape != given.shape or observed.numel() == 0 or not observed.dtype.is_floating_point:
         return None
     with torch.no_grad():
         u, v = (t.double().transpose(0, 1).flatten(1) for t in (given, observed))
-        low, high = u.argmin(1, keepdim=True), u.argmax(1, keepdim=True)
-        std = (u.gather(1, high) - u.gather(1, low)) / (v.gather(1, high) - v.gather(1, low))
-        mean = u.gather(1, low) - v.gather(1, low) * std
+        u_centre, v_centre = u.mean(1, keepdim=True), v.mean(1, keepdim=True)
+        std = (u - u_centre).square().sum(1, keepdim=True) / ((u - u_centre) * (v - v_centre)).sum(1, keepdim=True)
+        mean = u_centre - v_centre * std
         if not bool((std > 0).all() and torch.isfinite(std).all()):
             return None
-        if not matches(observed, ((u - mean) / std).view_as(given.transpose(0, 1)).transpose(0, 1)):
+        if not matches(observed.detach(), ((u - mean) / std).view_as(given.transpose(0, 1)).transpose(0, 1)):
             return None
     return Normalisation(tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()))

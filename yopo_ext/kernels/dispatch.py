@@ -84,6 +84,8 @@ _MOST_CHOICES = 1024
 
 def choose(x, eta, costate, weight, bias, scale, shift, *rest) -> Choice:
     """The choice for the operator's own arguments (see `yopo_ext.kernels.ops`); reads only shapes, dtypes and devices."""
+    if any(isinstance(value, torch.Tensor) for value in rest[9:13]):
+        return Choice("reference", f"{rest[8]} steps", ("eps, step_size or bounds vary inside a channel or between samples",))
     if torch.compiler.is_compiling():
         return _choose(x, costate, weight, rest)
     _, _, stride, padding, dilation, groups, activation, _, steps, *_, norm, _, output, sums, tf32 = rest
@@ -97,6 +99,13 @@ def choose(x, eta, costate, weight, bias, scale, shift, *rest) -> Choice:
             _choices.clear()
         found = _choices[key] = _choose(x, costate, weight, rest)
     return found
+
+
+def run(*arguments) -> reference.Outputs:
+    """The operation on the backend that suits its arguments; its constants may be tensors that broadcast to x."""
+    if any(isinstance(value, torch.Tensor) for value in arguments[16:20]):
+        return reference.first_layer_update(*arguments)  # an operator's schema has one type for an argument
+    return choose(*arguments).run(*arguments)
 
 
 def _choose(x: torch.Tensor, costate: torch.Tensor, weight: torch.Tensor, rest: tuple) -> Choice:

@@ -74,6 +74,15 @@ class Interval(NamedTuple):
     b: Tensor
 
 
+def constant(values: list[float] | Tensor, x: Tensor) -> Tensor:
+    """One number as a scalar, one per channel as [C, 1, 1], in x's dtype and made on its device (a copy would wait for it)."""
+    if isinstance(values, Tensor):
+        return values
+    if len(values) == 1:
+        return x.new_full((), values[0])
+    return torch.stack([x.new_full((), value) for value in values])[:, None, None]
+
+
 def admissible_interval(x: Tensor, eps: Tensor, lo: Tensor, hi: Tensor) -> Interval:
     """Per element, the perturbations allowed by the box [lo, hi] and, in L-inf, by the ball; see `csrc/core/projection.h`.
 
@@ -238,16 +247,12 @@ def first_layer_update(
     `layer` and `inner_steps` take the place of products and steps: see `yopo_ext.kernels.library`.
     """
 
-    def constant(values: list[float]) -> Tensor:  # made on the device: a copy from the host would wait for it
-        t = [x.new_full((), value) for value in values]
-        return t[0] if len(t) == 1 else torch.stack(t)[:, None, None]
-
     f0 = layer(
-        weight, bias, scale, shift, constant(mean) if mean else None, constant(std) if std else None,
+        weight, bias, scale, shift, constant(mean, x) if mean else None, constant(std, x) if std else None,
         stride, padding, dilation, groups, activation, negative_slope,
     )  # fmt: skip
     p = costate.to(x.dtype)
-    lo_t, hi_t, eps_t, sigma = constant(lo), constant(hi), constant(eps), constant(step_size)
+    lo_t, hi_t, eps_t, sigma = (constant(values, x) for values in (lo, hi, eps, step_size))
     box = (lo_t, hi_t) if mask_start else None
     with torch.no_grad():
         if inner_steps is not None:

@@ -6,6 +6,7 @@ The models are made twice from the same seed, so that nothing has to be copied.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -194,16 +195,31 @@ class _Chain:
         return z
 
     def freeze(self, u: Tensor) -> None:
-        """Give every BatchNorm the biased statistics that it has on u."""
+        """Give every BatchNorm the biased statistics that it has on u, in each of its calls."""
+
+        def frozen(bn: Any, statistics: list[tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+            calls = itertools.cycle(statistics)
+
+            def forward(z: Tensor) -> Tensor:
+                variance, mean = next(calls)
+                return F.batch_norm(z, mean, variance, bn.weight, bn.bias, False, 0.0, bn.eps)
+
+            return forward
+
+        found: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         handles = []
         for module in nn.ModuleList(self.parts).modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            own = "forward" not in vars(module)
+            if (
+                isinstance(module, nn.modules.batchnorm._BatchNorm)
+                and own
+                and (module.training or module.running_mean is None)
+            ):
 
                 def keep(bn: Any, inputs: tuple[Tensor]) -> None:
                     z = inputs[0].detach()
                     dims = [d for d in range(z.dim()) if d != 1]
-                    bn.running_var, bn.running_mean = torch.var_mean(z, dims, correction=0)
-                    bn.eval()
+                    found.setdefault(bn, []).append(torch.var_mean(z, dims, correction=0))
 
                 handles.append(module.register_forward_pre_hook(keep))
         if handles:
@@ -211,6 +227,8 @@ class _Chain:
                 self(u, self.parts)
         for handle in handles:
             handle.remove()
+        for bn, statistics in found.items():
+            bn.forward = frozen(bn, statistics)
 
 
 def definition(

@@ -3,7 +3,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from yopo_ext.attacks import AdmissibleSet
+from yopo_ext.threat import ThreatModel as Threat
 from yopo_ext.training.attacks.apgd import Apgd, apgd, dlr_targeted
 from yopo_ext.training.attacks.autoattack import AutoAttack
 from yopo_ext.training.attacks.pgd import PgdAttack
@@ -30,7 +30,7 @@ def test_apgd_is_at_least_as_strong_as_pgd(robust_model, digits):
 def test_apgd_stays_admissible_and_repeats_itself(robust_model, digits, targets, norm):
     x, y = digits.test.x(slice(0, 50)), digits.test.labels[:50]
     eps = {"linf": 0.1, "l2": 0.5}[norm]
-    ball = AdmissibleSet(x, eps, norm, (0.0, 1.0))
+    ball = Threat(eps, norm=norm).around(x)
     run = [
         apgd(robust_model, x, y, ball, lambda g=generator: ball.uniform(g), steps=10, targets=targets)
         for generator in (torch.Generator().manual_seed(1), torch.Generator().manual_seed(1))

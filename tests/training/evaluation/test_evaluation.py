@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.training.attacks.apgd import Apgd
 from yopo_ext.training.attacks.autoattack import AutoAttack
 from yopo_ext.training.attacks.base import passes_on
@@ -240,12 +239,12 @@ def test_attacking_survivors_only_finds_the_worst_case_of_attacking_all(half_rob
 )
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_attack_finds_the_same_perturbation_beside_any_other_images(half_robust, digits, attack, norm):
-    threat = ThreatModel({"linf": 0.15, "l2": 1.0}[norm], norm)
+    threat = ThreatModel({"linf": 0.15, "l2": 1.0}[norm], norm=norm)
     model = FixedBatches(half_robust.eval(), 32)
 
     def perturbations(images):
         x, y = digits.test.x(images), digits.test.labels[images]
-        starts = Starts(AdmissibleSet(x, threat.eps, norm, (0.0, 1.0)), images, seed=5)
+        starts = Starts(threat.around(x), images, seed=5)
         return attack(model, x, y, threat, starts)
 
     images = torch.arange(32)

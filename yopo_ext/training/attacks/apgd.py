@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from yopo_ext.attacks import AdmissibleSet, cross_entropy
+from yopo_ext.attacks import cross_entropy
 from yopo_ext.model_state import evaluating, frozen_parameters
+from yopo_ext.threat import Ball
 from yopo_ext.training.attacks.base import Attack, pixel_model
 from yopo_ext.training.attacks.image_wise import Starts
 from yopo_ext.training.methods.base import ThreatModel
@@ -61,7 +62,7 @@ def apgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    ball: AdmissibleSet,
+    ball: Ball,
     draw: Callable[[], Tensor],
     *,
     steps: int = 100,
@@ -104,7 +105,7 @@ def _climb(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    ball: AdmissibleSet,
+    ball: Ball,
     loss: Callable[[Tensor, Tensor], Tensor],
     steps: int,
     eta: Tensor,

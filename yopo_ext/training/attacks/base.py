@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from yopo_ext import attacks
+from yopo_ext.threat import broadcast
 from yopo_ext.training.attacks.image_wise import Starts
 from yopo_ext.training.methods.base import ThreatModel
 
@@ -84,4 +84,4 @@ class _Normalised(nn.Module):
         self.model, self.mean, self.std = model, threat.mean, threat.std
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model((x - attacks.broadcast(self.mean, x)) / attacks.broadcast(self.std, x))
+        return self.model((x - broadcast(self.mean, x)) / broadcast(self.std, x))

@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from yopo_ext.attacks import AdmissibleSet
+from yopo_ext.threat import Ball
 from yopo_ext.training.run.seeds import mix_seed
 
 
 class Starts:
     """The random starts of one batch. The numbers of an image depend on the seed and its place in the split alone."""
 
-    def __init__(self, ball: AdmissibleSet, images: Tensor, seed: int) -> None:
+    def __init__(self, ball: Ball, images: Tensor, seed: int) -> None:
         """`ball`: the perturbations allowed around the batch; `images`: the places of its images in the split, [B]."""
         self.ball, self.images, self.seed = ball, images, seed
         self.turn = 0

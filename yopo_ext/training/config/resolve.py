@@ -156,12 +156,13 @@ def check_channels(config: TrainConfig, channels: int) -> None:
 def threat_model(config: TrainConfig) -> ThreatModel:
     """The threat model of a resolved configuration."""
     assert config.eps is not None
-    validation.threat_model(config.eps, 0.0, (0.0, 1.0), config.norm, channels=1)
     if len(config.mean) != len(config.std):
         raise ValueError(f"mean and std must have the same length; got {list(config.mean)} and {list(config.std)}")
     if not all(value > 0.0 for value in config.std):
         raise ValueError(f"std must be > 0; got {list(config.std)}")
-    return ThreatModel(config.eps, config.norm, mean=config.mean or None, std=config.std or None)
+    threat = ThreatModel(config.eps, norm=config.norm, mean=config.mean or None, std=config.std or None)
+    threat.around(torch.empty(0, 1, 1, 1))  # which checks it
+    return threat
 
 
 def dataset_of(config: TrainConfig) -> Dataset:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.model_state import evaluating
 from yopo_ext.training.attacks.base import Attack, passes_on, verdicts
 from yopo_ext.training.attacks.image_wise import FixedBatches, Starts
@@ -166,7 +165,7 @@ def evaluate_in_parts(
                     return None
                 y = split.labels[part.to(device)]
                 if attack is not None:
-                    ball = AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
+                    ball = threat.around(x)
                     starts = Starts(ball, part.to(device), mix_seed(seed, zlib.crc32(kind.encode())))
                     clean, x = x, x + attack(target, x, y, threat, starts)
                     if images is not None:

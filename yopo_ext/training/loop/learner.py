@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from yopo_ext import attacks
+from yopo_ext.threat import broadcast
 from yopo_ext.training.config.resolve import check_channels, threat_model
 from yopo_ext.training.config.schema import TrainConfig
 from yopo_ext.training.data.batches import Batch, PerSample
@@ -224,10 +225,10 @@ class FabricLearner:
             draw = torch.rand(train.images.shape, device=self.device, generator=generator)
             return torch.where(draw < 0.5, -threat.eps, threat.eps)
         parts = train.stream(torch.arange(len(train), device=self.device).split(4096))
-        balls = (attacks.AdmissibleSet(x, threat.eps, threat.norm, threat.bounds) for x in parts)
+        balls = (threat.around(x) for x in parts)
         return torch.cat([ball.uniform(generator) for ball in balls])
 
     def _normalised(self, x: Tensor) -> Tensor:
         if self.threat.mean is None or self.threat.std is None:
             return x
-        return (x - attacks.broadcast(self.threat.mean, x)) / attacks.broadcast(self.threat.std, x)
+        return (x - broadcast(self.threat.mean, x)) / broadcast(self.threat.std, x)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from yopo_ext import threat
 from yopo_ext.model_state import evaluating
 from yopo_ext.training.data.batches import Batch, Frame, PerSample
 from yopo_ext.training.option import option as option  # for the methods, beside what else they need
@@ -38,10 +39,11 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class ThreatModel:
+class ThreatModel(threat.ThreatModel):
     """Which perturbations are allowed, in pixel units, and how the model wants its pixels normalised."""
 
     eps: float
+    step_size: float = 0.0  # methods have their own
     norm: Literal["linf", "l2"] = "linf"
     bounds: tuple[float, float] = (0.0, 1.0)
     mean: tuple[float, ...] | None = None

@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import (
     Cost,
@@ -57,7 +56,7 @@ class FgsmMep(Method):
 
     def train(self, learner: Learner, batch: Batch) -> Outcome:
         x, threat = batch.x, learner.threat
-        ball = AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
+        ball = threat.around(x)
         step_size = torch.tensor(default_step(self.step_size, threat, 1.0), dtype=x.dtype, device=x.device)
         start = ball.project(learner.kept["perturbation"].get(batch)).requires_grad_()
         before = learner.forward(x + start)

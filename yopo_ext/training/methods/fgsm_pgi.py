@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yopo_ext import validation
-from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Learner, Outcome, Start, default_step, option
 from yopo_ext.training.methods.fgsm_mep import FgsmMep
@@ -51,7 +50,7 @@ class FgsmPgi(FgsmMep):
 
     def train(self, learner: Learner, batch: Batch) -> Outcome:
         x, threat = batch.x, learner.threat
-        ball = AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
+        ball = threat.around(x)
         step_size = torch.tensor(default_step(self.step_size, threat, 1.0), dtype=x.dtype, device=x.device)
         start = learner.kept["perturbation"].get(batch).requires_grad_()
         before = learner.forward(x + start)

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from yopo_ext import validation
-from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, default_step, option
 
@@ -34,7 +33,7 @@ class Free(Method):
 
     def train(self, learner: Learner, batch: Batch) -> Outcome:
         x, threat = batch.x, learner.threat
-        ball = AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
+        ball = threat.around(x)
         step_size = torch.tensor(default_step(self.step_size, threat, 1.0), dtype=x.dtype, device=x.device)
         carried = learner.carried.get("perturbation")
         eta = torch.zeros_like(x) if carried is None else ball.project(carried)

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yopo_ext import validation
-from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.model_state import evaluating
 from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, option
@@ -69,7 +68,7 @@ class Liet(Method):
         before = learner.forward(u)
         (gradient,) = torch.autograd.grad(self._loss(learner, before, y), u, retain_graph=True)
         u = u.detach() + threat.eps * torch.nan_to_num(gradient, nan=0.0).sign()
-        ball = AdmissibleSet(x, threat.eps, threat.norm, threat.bounds)
+        ball = threat.around(x)
         v = u.clamp(lowest, highest) if wide else x + ball.project(u - x)
         logits = learner.forward(v)
         divergence = jensen_shannon(before, logits)

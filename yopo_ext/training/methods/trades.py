@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from yopo_ext import validation
-from yopo_ext.attacks import AdmissibleSet
 from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, default_step, logits_before, option
 
@@ -50,7 +49,7 @@ class Trades(Method):
             loss=divergence,
             steps=self.steps,
             step_size=default_step(self.step_size, threat, 0.25),
-            init=AdmissibleSet(x, threat.eps, threat.norm, threat.bounds).project(START * noise),
+            init=threat.around(x).project(START * noise),
             bn_mode=self.bn_mode,
         )
         logits, attacked = learner.forward(x), learner.forward(x + eta)

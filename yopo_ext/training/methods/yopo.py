@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from yopo_ext import validation, yopo_step
-from yopo_ext.attacks import AdmissibleSet, broadcast
+from yopo_ext.threat import broadcast
 from yopo_ext.training.data.batches import Batch
 from yopo_ext.training.methods.base import Cost, Learner, Method, Outcome, Start, ThreatModel, default_step, option
 from yopo_ext.training.methods.converge_smooth import ConvergeSmooth
@@ -147,11 +147,11 @@ class Yopo(Method):
 
         A sign is read from the move; where an end of the admissible interval stopped it, the gradient points outward.
         """
-        if learner.threat.norm != "linf" or len(learner.inputs) != self.outer_steps:
+        if learner.threat.norm != "linf" or len(learner.inputs) < self.outer_steps:
             return None
         threat, x = learner.threat, batch.x
         before, attack = (self._perturbation(u, x, threat) for u in learner.inputs[-2:])
-        interval = AdmissibleSet(x, threat.eps, threat.norm, threat.bounds).interval
+        interval = threat.around(x).interval
         middle = 0.5 * (interval.a + interval.b)
 
         def sign(start: Tensor, end: Tensor) -> Tensor:
