@@ -91,6 +91,35 @@ def run(case: Case, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def overhead(modules: int, seconds: float) -> dict[str, Any]:
+    """What a step adds to plain passes where the network costs nothing: once per step, and once per pass."""
+    torch.manual_seed(0)
+    parts = [
+        nn.Conv2d(1, 4, 3, padding=1),
+        *[nn.Identity() for _ in range(modules - 3)],
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    ]
+    model, x, y = nn.Sequential(*parts), torch.rand(1, 1, 8, 8), torch.tensor([3])
+
+    def plain(m: int) -> None:
+        for _ in range(m):
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+
+    steps: dict[str, Callable[[], Any]] = {}
+    for m in (1, 5):
+        steps[f"yopo_step, m = {m}"] = lambda m=m: yopo_ext.yopo_step(model, x, y, outer_steps=m)  # type: ignore[misc]
+        steps[f"plain passes, m = {m}"] = lambda m=m: plain(m)  # type: ignore[misc]
+    times = measure.interleaved(steps, seconds, minimum=50)
+    summaries = {name: measure.summary(times[name]) for name in steps}
+    above = {m: summaries[f"yopo_step, m = {m}"]["ms"] - summaries[f"plain passes, m = {m}"]["ms"] for m in (1, 5)}
+    per_pass = (above[5] - above[1]) / 4
+    return {
+        "case": f"overhead, {modules} modules, 8x8 pixels", "batch": 1, "variants": summaries,
+        "microseconds": {"per step": 1e3 * (above[1] - per_pass), "per pass": 1e3 * per_pass},
+    }  # fmt: skip
+
+
 def main() -> None:
     options = measure.arguments(__doc__.splitlines()[0], seconds=60.0)
     if options.threads:
@@ -103,6 +132,12 @@ def main() -> None:
             ours = result["variants"]["yopo_step"]["ms"]
             ratios = ", ".join(f"{name} {r['ratio']:.2f}x" for name, r in result["ratios"].items())
             print(f"{case.name} (B={case.batch}): {ours:.0f} ms; {ratios}", flush=True)
+    for modules in (3, 200):
+        if options.only in "overhead":
+            result = overhead(modules, options.seconds / 4)
+            results.append(result)
+            cost = ", ".join(f"{value:.0f} us {what}" for what, value in result["microseconds"].items())
+            print(f"{result['case']}: {cost} above plain passes", flush=True)
     measure.save("training_step_cpu", {"environment": measure.environment(), "cases": results}, options.out)
 
 
