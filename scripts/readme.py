@@ -126,7 +126,8 @@ def first_layer_cpu(data: dict[str, Any]) -> str:
 
 
 def training_step_cpu(data: dict[str, Any]) -> str:
-    baselines = list(data["cases"][0]["ratios"])
+    cases = [c for c in data["cases"] if "ratios" in c]
+    baselines = list(cases[0]["ratios"])
     head = ["step", "ms", *baselines]
     lines = [
         [
@@ -134,9 +135,17 @@ def training_step_cpu(data: dict[str, Any]) -> str:
             f"{c['variants']['yopo_step']['ms']:.0f}",
             *(f"{c['ratios'][name]['ratio']:.2f}x" for name in baselines),
         ]
-        for c in data["cases"]
+        for c in cases
     ]
-    return markdown(head, lines) + f"\n\n{machine(data['environment'])}, {data['environment']['threads']} threads."
+    cost = "".join(
+        f" {c['case'].capitalize()}: {c['microseconds']['per step']:.0f} us per step and "
+        f"{c['microseconds']['per pass']:.0f} us per pass above plain passes."
+        for c in data["cases"]
+        if "microseconds" in c
+    )
+    return (
+        markdown(head, lines) + f"\n\n{machine(data['environment'])}, {data['environment']['threads']} threads.{cost}"
+    )
 
 
 def first_layer_gpu(data: dict[str, Any]) -> str:

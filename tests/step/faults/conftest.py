@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -11,11 +12,6 @@ from pathlib import Path
 
 import pytest
 from fault_rows import COMPILED, EAGER, INDUCTOR, REFERENCE, TWO_PROCESSES, Row, Setting
-
-# The rows say what a step and `attacks.pgd` must do where they are known to go wrong today: they run on request, until
-# the core is mended.
-if os.environ.get("YOPO_TEST_FAULTS") != "1":
-    collect_ignore_glob = ["test_*.py"]
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 ROOT = Path(__file__).parents[3]
@@ -66,7 +62,10 @@ def _spawned(setting: str, names: list[str], folder: Path, ranks: int) -> dict[s
 
 @pytest.fixture(scope="session")
 def spawned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
-    """The outcomes in a setting that needs processes of its own; all rows that were asked for run in one go."""
+    """The outcomes in a setting that needs processes of its own; all rows that were asked for run in one go.
+
+    The test processes of one run share them: the first that asks runs them, the others wait.
+    """
     kept: dict[str, dict[str, list[str]]] = {}
 
     def outcomes(setting: str) -> dict[str, list[str]]:
@@ -74,7 +73,14 @@ def spawned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             cells = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
             names = [c["row"].name for c in cells if isinstance(c.get("row"), Row) and c["setting"] == setting]
             ranks = 2 if setting == TWO_PROCESSES else 1
-            kept[setting] = _spawned(setting, names, tmp_path_factory.mktemp("rows"), ranks)
+            folder = tmp_path_factory.getbasetemp()
+            folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+            file = folder / f"outcomes of {setting}.json"
+            with (folder / f"{file.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not file.exists():
+                    file.write_text(json.dumps(_spawned(setting, names, tmp_path_factory.mktemp("rows"), ranks)))
+            kept[setting] = json.loads(file.read_text())
         return kept[setting]
 
     return outcomes

@@ -138,13 +138,13 @@ def seed(value: int = 3) -> None:
 
 
 def cells(rows: Sequence[Row]) -> pytest.MarkDecorator:
-    """The parametrisation of a table: each row in each of its settings."""
+    """The parametrisation of a table: each row in each of its settings, all but the first of them in `make test-long`."""
     assert len({row.name for row in rows}) == len(rows)
     return pytest.mark.parametrize(
         ("row", "setting"),
         [
             pytest.param(
-                row, setting, id=f"{row.name} [{setting}]", marks=[pytest.mark.slow] if setting == INDUCTOR else []
+                row, setting, id=f"{row.name} [{setting}]", marks=[pytest.mark.slow] if setting != EAGER else []
             )
             for row in rows
             for setting in row.settings
