@@ -130,8 +130,8 @@ def pgd(
         x, y = validation.images(x), validation.no_inference(y)
         ball = ThreatModel(eps, step_size, norm, bounds).around(x)
         check_labels = _check(model, x, y, ball, loss, init, generator, validate)
-        parameter_dtypes = {p.dtype for p in model.parameters()}
-        if any(p.is_inference() for p in model.parameters()):
+        parameters = list(model.parameters())
+        if any(p.is_inference() for p in parameters):
             raise ValueError("model must not hold inference tensors: make it outside of torch.inference_mode")
         ascent = _Ascent(
             model=model,
@@ -143,7 +143,7 @@ def pgd(
             keep=keep,
             check_labels=check_labels,
             normalisation=Normalisation.given(mean, std, x.shape[1]),
-            input_dtype=validation.input_dtype(x, parameter_dtypes),
+            input_dtype=validation.input_dtype(x, {p.dtype for p in parameters}),
         )
         # Drawn first, and for every sample: the draws do not depend on how the attack goes.
         starts = [_start(init, x, ball, generator) for _ in range(restarts)]

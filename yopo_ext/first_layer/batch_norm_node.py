@@ -33,7 +33,7 @@ def _output(
 ) -> tuple[Tensor, ...]:
     """(y0, batch mean [K], batch variance [K] (unbiased), 1/sqrt(biased variance + batch_norm_eps) [K])."""
     weight, bias, gamma, beta = parameters
-    z = convolve(x, eta, weight, bias, settings.mean, settings.std, settings.geometry, settings.dtype)
+    z = convolve(normalised(x + eta, settings.mean, settings.std), weight, bias, settings)
     batch_mean, batch_variance = (torch.zeros(z.shape[1], dtype=x.dtype, device=x.device) for _ in range(2))
     # With momentum 1 the "running" statistics become exactly those of this batch.
     gamma, beta = (None if t is None else t.to(x.dtype) for t in (gamma, beta))

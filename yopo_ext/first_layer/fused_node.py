@@ -87,15 +87,12 @@ def as_parameter(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | 
     return gradient.to(parameter.dtype)
 
 
-def convolve(
-    x: Tensor, eta: Tensor, weight: Tensor, bias: Tensor | None, mean: Sequence[float], std: Sequence[float],
-    geometry: tuple[Any, ...], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The convolution of the normalised x + eta, in `dtype`."""
-    u = normalised(x + eta, mean, std)  # type: ignore[arg-type]
+def convolve(u: Tensor, weight: Tensor, bias: Tensor | None, settings: Settings) -> Tensor:
+    """The convolution of u, in `settings.dtype`."""
+    dtype = settings.dtype
     if not (u.dtype == weight.dtype == dtype and (bias is None or bias.dtype == dtype)):
         u, weight, bias = u.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return torch.conv2d(u, weight, bias, *geometry)
+    return torch.conv2d(u, weight, bias, *settings.geometry)
 
 
 def add_up(total: list[Tensor | None], terms: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -103,10 +100,15 @@ def add_up(total: list[Tensor | None], terms: Sequence[Tensor | None]) -> list[T
     return [t if s is None else s if t is None else s + t for s, t in zip(total, terms, strict=True)]
 
 
-def output(x: Tensor, eta: Tensor, parameters: Sequence[Any], settings: Settings) -> Tensor:
-    """y0 = act(scale * conv2d((x + eta - mean) / std, weight, bias) + shift) in `settings.dtype` [B, K, OH, OW]."""
+def output(x: Tensor, eta: Tensor, parameters: Sequence[Any], settings: Settings, u: Tensor | None = None) -> Tensor:
+    """y0 = act(scale * conv2d((x + eta - mean) / std, weight, bias) + shift) in `settings.dtype` [B, K, OH, OW].
+
+    u: the normalised x + eta, if it is there already.
+    """
     weight, bias, scale, shift = parameters
-    z = convolve(x, eta, weight, bias, settings.mean, settings.std, settings.geometry, settings.dtype)
+    if u is None:
+        u = normalised(x + eta, settings.mean, settings.std)
+    z = convolve(u, weight, bias, settings)
     if scale is not None:
         z = z * scale[:, None, None]
     if shift is not None:
@@ -154,7 +156,8 @@ class FusedNode(torch.autograd.Function):
     def forward(ctx: Any, run: Any, settings: Settings, eta: Tensor, x: Tensor, *parameters: Tensor | None) -> Tensor:
         ctx.run, ctx.settings = run, settings
         ctx.save_for_backward(eta, x, *as_in_forward(parameters, settings))
-        return output(x, eta, parameters, settings)
+        arrived = None if run is None or run.place.layer.normalisation else run.arrived
+        return output(x, eta, parameters, settings, arrived)
 
     @staticmethod
     def backward(ctx: Any, p: Tensor) -> tuple[Any, ...]:

@@ -48,6 +48,7 @@ class Run:
     calls: int = 0  # of the layer in the forward; activation checkpointing makes further ones during backward
     backwards: int = 0  # of the node, in eager mode
     flags: list[Tensor] = field(default_factory=list)  # on an accelerator: True where the layer got another input
+    arrived: Tensor | None = None  # the layer's input, if it is the model's as it was
     end: int | None = None  # after the model's forward: the next sequence number of autograd
 
 
@@ -99,11 +100,9 @@ class StandIn:
     def observe(self, observed: Tensor) -> None:
         """Compare the layer's input with what the node takes it to be; ValueError if it is something else."""
         run = self.run
-        if (
-            run.place.untouched
-            and (observed is run.given or _same_memory(observed, run.given))
-            and observed._version == 0
-        ):
+        same = observed is run.given or _same_memory(observed, run.given)
+        if run.place.untouched and same and observed._version == 0:
+            run.arrived = observed.detach()
             return
         ok = same_elements(observed, run.x)
         if ok and observed.numel():
