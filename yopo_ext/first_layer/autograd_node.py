@@ -57,7 +57,7 @@ class Evaluation:
         capturing = kind == "cuda" and torch.cuda.is_current_stream_capturing()
         if drops or not (self.affine or capturing):  # any module may draw noise in its forward
             self.rng_state = torch.get_rng_state(), torch.cuda.get_rng_state(u.device) if kind == "cuda" else None
-        self.buffers = [SavedBuffers(part) for part, _ in self.parts if next(part.buffers(), None) is not None]
+        self.buffers = [SavedBuffers(part) for part, _ in self.parts if any(m._buffers for m in part.modules())]
         own = dict(self.parts)
         forwards = {m: own.get(m, m.forward) for m in modules}
         noted = {m: self._noting(m, f) for m, f in forwards.items() if _uses_batch_statistics(m, f)}
@@ -153,7 +153,8 @@ class AutogradNode(torch.autograd.Function):
         if not evaluation.affine:
             y = evaluation.recorded(u)
         else:
-            with torch.enable_grad():
+            # The graph is the node's own: a checkpoint around the layer must not recompute the layer for it.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_kept, _kept):
                 u.requires_grad_()
                 y = evaluation.recorded(u)
             ctx.graph = y, u
@@ -170,7 +171,7 @@ class AutogradNode(torch.autograd.Function):
         wanted = [t for t, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
         before, after = (bool(wanted) and asked for asked in (settings.gradient_before, settings.gradient_after))
         gradients: list[tuple[Tensor | None, ...]] = []
-        with evaluation.again(x.device):
+        with evaluation.again(x.device), _without_hooks(evaluation.parts):
             if evaluation.affine:
                 y, u = ctx.graph
                 g, *rest = torch.autograd.grad(
@@ -187,6 +188,23 @@ class AutogradNode(torch.autograd.Function):
         )
         returned = [next(sums) if needed else None for needed in ctx.needs_input_grad[3:]]
         return None, new_eta, None, *(g if isinstance(g, Tensor) else None for g in returned)
+
+
+def _kept(saved: Tensor) -> Tensor:
+    return saved
+
+
+@contextmanager
+def _without_hooks(parts: Sequence[Part]) -> Iterator[None]:
+    """Inside, hooks of parameters do not run: `autograd.grad` would run them, and the gradient's accumulation again."""
+    hooked = [(p, p._backward_hooks) for module, _ in parts for p in module.parameters() if p._backward_hooks]
+    try:
+        for p, _ in hooked:
+            p._backward_hooks = None
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
 
 
 @not_traced

@@ -203,7 +203,34 @@ def accumulated(nan_in: int | None, scaled: bool, m: int, first: Callable[[], nn
     return run
 
 
+# --- hooks of parameters ---
+
+
+def reflected() -> nn.Module:
+    return nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect")
+
+
+def hooked(first: Callable[[], nn.Module]) -> Make:
+    """Hooks change the gradient of every parameter, once."""
+
+    def make() -> nn.Module:
+        model = net(first)()
+        for p in model.parameters():
+            p.register_hook(lambda g: 0.5 * g)
+        return model
+
+    return make
+
+
 ROWS = [
+    *(
+        Row("a hook of a parameter", name, agrees(hooked(first), ["first"], kinds=["plain", "sum", "full", "released"]),
+            settings=NOT_COMPILED)
+        for name, first in (
+            ("convolution", conv), ("autograd layer", lambda: nn.Sequential(conv(), nn.Tanh())),
+            ("affine autograd layer", reflected),
+        )
+    ),
     *(
         Row(
             "a first layer that uses a parameter from elsewhere", name,
@@ -225,6 +252,7 @@ ROWS = [
             ("of the first layer", selective(lambda: nn.Sequential(conv(), nn.ReLU()), "first"), NOT_COMPILED),
             ("of the body", selective(conv, "body"), NOT_COMPILED),
             ("of the model, autograd layer", selective(lambda: nn.Sequential(conv(), nn.Tanh()), "model"), NOT_COMPILED),
+            ("of the model, affine autograd layer", selective(reflected, "model"), NOT_COMPILED),
             ("of the model, everything kept", selective(conv, "model", ""), NOT_COMPILED),
         )
     ),

@@ -92,6 +92,21 @@ class SizedBuffer(nn.Module):
         return self.conv(u) - self.offset
 
 
+class LateMean(nn.Module):
+    """A convolution minus a running mean that is None before the first forward, which moves it at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv()
+        self.register_buffer("running", None)
+
+    def forward(self, u: Tensor) -> Tensor:
+        z = self.conv(u)
+        now = z.detach().mean((0, 2, 3))
+        self.running = 0.1 * now if self.running is None else 0.9 * self.running + 0.1 * now
+        return torch.tanh(z - self.running[:, None, None])
+
+
 class RunningMean(nn.Module):
     """Moves a buffer towards the mean of what it sees; `poisoned`: makes what it sees NaN."""
 
@@ -231,6 +246,8 @@ ROWS = [
         )
     ),
     Row("a first layer whose state is no buffer", "noise of torch (guard)", agrees(net(TorchNoise), ["first"])),
+    Row("a buffer that gets its size in the first forward", "None, moved at once, in the first layer",
+        agrees(net(LateMean), ["first"])),
     *(
         Row("a buffer that gets its size in the first forward", f"{how}, {where}", agrees(make, ["first"]))
         for how in ("resized", "reassigned", "none")
