@@ -89,7 +89,10 @@ class FullPass:
 
     def output(self, eta: Tensor | float) -> Any:
         """What the model answers for a perturbation, without a stand-in."""
-        return self.forward(self.model, self.input(eta))
+        u = self.input(eta)
+        if self.found.reentrant and torch.is_grad_enabled():
+            u = u.detach().requires_grad_().clone()  # a reentrant checkpoint has a backward only if its input wants one
+        return self.forward(self.model, u)
 
     def input(self, eta: Tensor | float) -> Tensor:
         """What the model gets for a perturbation."""

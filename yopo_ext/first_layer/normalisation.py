@@ -135,9 +135,9 @@ def fitted(observed: Tensor, given: Tensor, leaf: Tensor) -> Normalisation | Non
 
     observed: what arrived at a layer. given: the values that the model was called with; they vary in every channel, so that
     the constants are determined. leaf: the tensor that autograd knows the model's input as; `observed` has no graph
-    if it was computed inside a reentrant checkpoint.
+    if it was computed inside a reentrant checkpoint (a view that was made there wants a gradient all the same).
     """
-    if observed.requires_grad and not _elementwise_since(leaf, observed):
+    if observed.grad_fn is not None and not _elementwise_since(leaf, observed):
         return None
     if matches(observed.detach(), given):
         return Normalisation()

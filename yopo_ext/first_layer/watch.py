@@ -110,7 +110,6 @@ class Watch:
         self.chain, self.inner = self.named or [module], inner
         self.calls[module] = 1
         self.layer = self.described[module]
-        self.reentrant = not torch.is_grad_enabled()
         self.start = input.detach().clone(), [SavedBuffers(m) for m in self.chain], torch_random_states()
         return self._next(module, forward, input, args, kwargs)
 
@@ -124,6 +123,7 @@ class Watch:
         self.handed = forward(input, *args, **kwargs)
         if module is not self.chain[-1]:
             return self.handed
+        self.reentrant = not torch.is_grad_enabled()
         if not isinstance(self.handed, Tensor) or not self.handed.dtype.is_floating_point:
             raise FirstLayerError(f"first_layer must return one tensor; the {type(module).__name__} does not")
         self._own_parameters(module)

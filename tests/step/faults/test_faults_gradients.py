@@ -203,6 +203,38 @@ def accumulated(nan_in: int | None, scaled: bool, m: int, first: Callable[[], nn
     return run
 
 
+# --- reentrant checkpointing ---
+
+
+class Reentrant(Net):
+    """A front, then everything else inside a reentrant checkpoint, which has a backward only if its input wants one."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__(first)
+        self.front = nn.Identity()
+
+    def forward(self, u: Tensor) -> Tensor:
+        return checkpoint(super().forward, self.front(u), use_reentrant=True)
+
+
+class Flattening(Net):
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__(first, flat=True)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return checkpoint(super().forward, u, use_reentrant=True)
+
+
+class Padded(Reentrant):
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__(first)
+        self.front = nn.ZeroPad2d(1)
+
+
+def wanted(u: Tensor) -> Tensor:
+    return u.detach().requires_grad_()
+
+
 # --- hooks of parameters ---
 
 
@@ -223,6 +255,13 @@ def hooked(first: Callable[[], nn.Module]) -> Make:
 
 
 ROWS = [
+    Row("a reentrant checkpoint", "behind the first module of a sequence",
+        agrees(net(conv, Padded), ["front", "first"], kinds=["plain", "sum", "full"], plain_input=wanted),
+        settings=NOT_COMPILED),
+    Row("a reentrant checkpoint", "around a flattening, layer not named",
+        agrees(net(lambda: nn.Linear(168, 6), Flattening), ["first"], first_layer=None, kinds=["plain", "sum", "released"],
+               plain_input=wanted), settings=HERE),
+    Row("a reentrant checkpoint", "TRADES", trades_agrees(lambda: net(conv, Reentrant)().eval(), given=wanted), settings=HERE),
     *(
         Row("a hook of a parameter", name, agrees(hooked(first), ["first"], kinds=["plain", "sum", "full", "released"]),
             settings=NOT_COMPILED)
