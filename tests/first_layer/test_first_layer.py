@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from yopo_ext import yopo_step
 from yopo_ext.first_layer import inspect
 from yopo_ext.first_layer.describe import AutogradLayer, FusedLayer, describe, resolve
+from yopo_ext.first_layer.normalisation import fitted
 from yopo_ext.first_layer.watch import FirstLayer
 from yopo_ext.training.torchvision_import import import_torchvision
 
@@ -599,3 +600,11 @@ def test_resolving_names() -> None:
         resolve(model, nn.Conv2d(3, 6, 3), [model])
     with pytest.raises(TypeError, match="first_layer must be a module"):
         resolve(model, 3, [model])
+
+
+def test_a_constant_is_no_normalisation_of_the_input() -> None:
+    given = torch.rand(2, 1, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for i in range(20):
+        mean, leaf = 0.3 + 0.01 * i, given.clone().requires_grad_()
+        assert fitted((leaf.clamp(2, 3) - mean) / 0.21, given, leaf) is None
+        assert fitted((leaf.clamp(0, 1) - mean) / 0.21, given, leaf) is not None

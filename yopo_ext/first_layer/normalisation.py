@@ -54,10 +54,14 @@ def normalised(u: Tensor, mean: tuple[float, ...] | list[float], std: tuple[floa
 
 
 def normalisation_of(module: nn.Module, u: Tensor) -> Normalisation | None:
-    """The constants of a module that has `mean` and `std` and, tried on `u`, does compute (u - mean) / std."""
+    """The constants of a module that has `mean` and `std` and, tried on `u`, does compute (u - mean) / std.
+
+    Tried beyond u's range too: a module that clamps is something else where a perturbation leaves the bounds.
+    """
     if next(module.parameters(), None) is not None or not (hasattr(module, "mean") and hasattr(module, "std")):
         return None
     try:
+        u = torch.cat([u, 8 * u - 4])
         mean, std = (torch.as_tensor(value, dtype=torch.float64).flatten() for value in (module.mean, module.std))
         width = max(mean.numel(), std.numel())
         if not {mean.numel(), std.numel()} <= {1, u.shape[1]}:
@@ -144,6 +148,10 @@ def fitted(observed: Tensor, given: Tensor, leaf: Tensor) -> Normalisation | Non
     if observed.shape != given.shape or observed.numel() == 0 or not observed.dtype.is_floating_point:
         return None
     with torch.no_grad():
+        v = observed.double().transpose(0, 1).flatten(1)
+        spread = v.amax(1) - v.amin(1)
+        if not bool((spread > 8 * torch.finfo(observed.dtype).eps * (1 + v.abs().amax(1))).all()):
+            return None  # constant, by a clamp for instance: what is left of rounding fits anything
         u, v = (t.double().transpose(0, 1).flatten(1) for t in (given, observed))
         u_centre, v_centre = u.mean(1, keepdim=True), v.mean(1, keepdim=True)
         std = (u - u_centre).square().sum(1, keepdim=True) / ((u - u_centre) * (v - v_centre)).sum(1, keepdim=True)

@@ -102,6 +102,13 @@ class Clamped(Normalised):
         return Net.forward(self, forms[self.form]())
 
 
+class ClampedStandardise(Standardise):
+    """Clamps to [0, 1] before it normalises."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return super().forward(u.clamp(0, 1))
+
+
 def clamped(form: str) -> Make:
     return net(conv, type("Clamped", (Clamped,), {"form": form}))
 
@@ -351,6 +358,11 @@ ROWS = [
         for name in ("first", None)
         if name or form == "method"
     ),
+    Row("a normalisation that clamps first", "in the first layer, after another one",
+        agrees(net(lambda: nn.Sequential(ClampedStandardise(), conv()), Normalised), ["norm", "first"],
+               first_layer="first")),
+    Row("a normalisation that clamps first", "in the first layer, from a start outside the bounds",
+        agrees(net(lambda: nn.Sequential(ClampedStandardise(), conv())), ["first"], start=lambda x, eta: eta + 0.04)),
     Row("a normalisation that clamps first", "TRADES", trades_agrees(clamped("method"))),
     *(
         Row("a front before the first layer", f"{name}, as {given}",
