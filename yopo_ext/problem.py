@@ -50,6 +50,7 @@ class Problem:
     mask_start: bool = False
 
     def __post_init__(self) -> None:
+        self.wrappers = list(unwrapped(self.model)) if isinstance(self.model, nn.Module) else []
         self.model = validation.model(self.model)
         x = validation.images(self.x)
         for name, value in (("outer_steps", self.outer_steps), ("inner_steps", self.inner_steps)):
@@ -67,7 +68,6 @@ class Problem:
         if self.classifies:
             validation.class_labels(self.y, x)
         self.y = validation.no_inference(self.y)
-        self.wrappers = list(unwrapped(self.model))
         self.trained_loss = self.loss_fn if isinstance(self.loss_fn, nn.Module) else None  # it may have parameters
         self.outer = Normalisation.given(self.mean, self.std, x.shape[1])
 

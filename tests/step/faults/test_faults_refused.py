@@ -314,6 +314,8 @@ ROWS = [
     Row("DataParallel", "one device", agrees(net(conv), ["first"], wrap=parallel([0])), settings=HERE),
     Row("DataParallel", "no device, first layer not named",
         agrees(net(conv), ["first"], first_layer=None, wrap=parallel([])), settings=HERE),
+    Row("DataParallel", "first layer by its name in the wrapper",
+        agrees(net(conv), ["first"], first_layer="module.first", wrap=parallel([])), settings=HERE),
     Row("DataParallel", "of a compiled model",
         agrees(net(conv), ["first"], kinds=["definition"],
                wrap=lambda model: parallel([])(torch.compile(model, backend="eager"))), settings=HERE),
