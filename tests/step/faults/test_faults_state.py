@@ -107,6 +107,18 @@ class LateMean(nn.Module):
         return torch.tanh(z - self.running[:, None, None])
 
 
+class LowPrecision(Net):
+    """Its first layer draws numbers that differ from call to call, in bfloat16."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.body(self.first(u.bfloat16()).to(u.dtype))
+
+
+def bfloat16_first(model: Any) -> Any:
+    model.first.bfloat16()
+    return model
+
+
 class RunningMean(nn.Module):
     """Moves a buffer towards the mean of what it sees; `poisoned`: makes what it sees NaN."""
 
@@ -246,6 +258,9 @@ ROWS = [
         )
     ),
     Row("a first layer whose state is no buffer", "noise of torch (guard)", agrees(net(TorchNoise), ["first"])),
+    Row("a first layer whose state is no buffer", "noise of numpy, in bfloat16",
+        agrees(lambda: bfloat16_first(net(NumpyNoise, LowPrecision)()), kinds=["plain"], first_layer="first"), FIRST,
+        settings=HERE),
     Row("a buffer that gets its size in the first forward", "None, moved at once, in the first layer",
         agrees(net(LateMean), ["first"])),
     *(
