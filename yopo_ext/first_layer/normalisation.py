@@ -145,8 +145,9 @@ def fitted(observed: Tensor, given: Tensor, leaf: Tensor) -> Normalisation | Non
         return None
     if matches(observed.detach(), given):
         return Normalisation()
-    if observed.shape != given.shape or observed.numel() == 0 or not observed.dtype.is_floating_point:
+    if not same_elements(observed, given) or observed.numel() == 0:
         return None
+    observed = observed.detach().reshape(given.shape)
     with torch.no_grad():
         v = observed.double().transpose(0, 1).flatten(1)
         spread = v.amax(1) - v.amin(1)
@@ -158,6 +159,6 @@ def fitted(observed: Tensor, given: Tensor, leaf: Tensor) -> Normalisation | Non
         mean = u_centre - v_centre * std
         if not bool((std > 0).all() and torch.isfinite(std).all()):
             return None
-        if not matches(observed.detach(), ((u - mean) / std).view_as(given.transpose(0, 1)).transpose(0, 1)):
+        if not matches(observed, ((u - mean) / std).view_as(given.transpose(0, 1)).transpose(0, 1)):
             return None
     return Normalisation(tuple(mean.flatten().tolist()), tuple(std.flatten().tolist()))

@@ -102,6 +102,11 @@ class Clamped(Normalised):
         return Net.forward(self, forms[self.form]())
 
 
+class NormalisedAndFlattened(Normalised):
+    def forward(self, u: Tensor) -> Tensor:
+        return self.body(self.first(self.norm(u).flatten(1)).reshape(-1, 6, 8, 7))
+
+
 class ClampedStandardise(Standardise):
     """Clamps to [0, 1] before it normalises."""
 
@@ -359,6 +364,12 @@ ROWS = [
         for form in ("method", "min and max", "Hardtanh", "clamp alone")
         for name in ("first", None)
         if name or form == "method"
+    ),
+    *(
+        Row("a normalisation before a flattening", f"first_layer={name!r}",
+            agrees(net(lambda: nn.Linear(168, 336), NormalisedAndFlattened), ["first"], first_layer=name,
+                   kinds=["plain", "sum", "released", "full"]), settings=HERE)
+        for name in ("first", None)
     ),
     Row("a normalisation that clamps first", "in the first layer, after another one",
         agrees(net(lambda: nn.Sequential(ClampedStandardise(), conv()), Normalised), ["norm", "first"],
