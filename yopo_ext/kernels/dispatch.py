@@ -85,7 +85,9 @@ _MOST_CHOICES = 1024
 def choose(x, eta, costate, weight, bias, scale, shift, *rest) -> Choice:
     """The choice for the operator's own arguments (see `yopo_ext.kernels.ops`); reads only shapes, dtypes and devices."""
     if any(isinstance(value, torch.Tensor) for value in rest[9:13]):
-        return Choice("reference", f"{rest[8]} steps", ("eps, step_size or bounds vary inside a channel or between samples",))
+        return Choice(
+            "reference", f"{rest[8]} steps", ("eps, step_size or bounds vary inside a channel or between samples",)
+        )
     if torch.compiler.is_compiling():
         return _choose(x, costate, weight, rest)
     _, _, stride, padding, dilation, groups, activation, _, steps, *_, norm, _, output, sums, tf32 = rest
