@@ -91,6 +91,8 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
     """The model and what its wrappers (torch.compile, DistributedDataParallel, Fabric) hold, outermost first."""
     while True:
         yield model
+        if isinstance(model, torch.jit.ScriptModule):
+            return
         inner = model._modules.get("_orig_mod") or model._modules.get("_forward_module")
         if inner is None and isinstance(model, DistributedDataParallel | nn.DataParallel):
             inner = model.module

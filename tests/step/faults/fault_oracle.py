@@ -421,7 +421,7 @@ def agrees(
             except AssertionError as error:
                 raise AssertionError(f"{here}{error}") from None
 
-    run.by_definition = bool(layers)  # type: ignore[attr-defined]
+    run.by_definition = bool(layers) and (kinds is None or "definition" in kinds)  # type: ignore[attr-defined]
     return run
 
 
