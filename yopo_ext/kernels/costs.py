@@ -131,7 +131,7 @@ LAUNCH = 4e-6  # seconds, of one operation after another
 BANDWIDTH = 2e12  # bytes a second, of operations that follow each other
 LIBRARY_FLOPS = {"tf32": 25e12, "fp32": 15e12, "fp64": 15e12}
 FEW_CHANNELS = 4.0  # times longer: gradients of 3 channels, which fill a fraction of a tile
-GENERAL = 50.0  # warp instructions of the general kernel for 32 multiply-adds, counted: docs/kernels.md
+GENERAL = 50.0  # warp instructions of the general kernel for 32 multiply-adds, counted: 44 and 49 (docs/kernels.md)
 
 
 def cuda_general(p: Problem) -> float:
