@@ -126,25 +126,24 @@ class Watch:
         self.reentrant = not torch.is_grad_enabled()
         if not isinstance(self.handed, Tensor) or not self.handed.dtype.is_floating_point:
             raise FirstLayerError(f"first_layer must return one tensor; the {type(module).__name__} does not")
-        self._own_parameters(module)
-        if isinstance(self.layer, AutogradLayer) and not self.reentrant:
-            self._replay(args, kwargs)
+        again = self._replay(args, kwargs) if isinstance(self.layer, AutogradLayer) else self.handed
+        self._own_parameters(module, again if self.reentrant else self.handed)
         self.boundary = self.handed.detach().clone().requires_grad_()
         return self.boundary.clone()
 
-    def _own_parameters(self, module: nn.Module) -> None:
+    def _own_parameters(self, module: nn.Module, output: Tensor) -> None:
         own = {id(p) for m in self.chain for p in m.parameters()} | {id(self.leaf)}
-        others = [leaf for leaf in leaves([self.handed]) if id(leaf) not in own]
+        others = [leaf for leaf in leaves([output]) if id(leaf) not in own]
         if others:
             raise FirstLayerError(other_parameters(module, f"uses one of shape {list(others[0].shape)} from elsewhere"))
 
-    def _replay(self, args: Any, kwargs: Any) -> None:
+    def _replay(self, args: Any, kwargs: Any) -> Tensor:
         """Run the layer again from where it started: it must answer alike, or the inner steps would see another layer."""
         again, buffers, states = self.start
         now = random_states()
         for restore in states:
             restore()
-        with ExitStack() as stack, torch.no_grad():
+        with ExitStack() as stack, torch.enable_grad():
             for saved in buffers:
                 stack.enter_context(saved.as_then())
             for m in self.chain:
@@ -161,6 +160,7 @@ class Watch:
                 f"the {type(self.chain[-1]).__name__} does not (it keeps state in an attribute, or draws from another "
                 f"generator): keep its state in buffers"
             )
+        return again
 
     def verdict(self, output: Any, asked: Any, modules: list[nn.Module]) -> FirstLayer:
         """What was found, once the whole model has run."""

@@ -48,6 +48,16 @@ def lent_in_a_list() -> nn.Module:
     return model
 
 
+def lent_inside_a_reentrant_checkpoint() -> nn.Module:
+    class Recomputed(Lender):
+        def forward(self, u: Tensor) -> Tensor:
+            return checkpoint(super().forward, u, use_reentrant=True)
+
+    model: Any = net(Borrowing, Recomputed)()
+    model.first.lent.append(model.scale)
+    return model
+
+
 def lent_in_a_closure() -> nn.Module:
     model: Any = net(lambda: nn.Sequential(conv(), nn.ReLU()), Lender)()
     model.first[1].forward = lambda z: torch.tanh(z * model.scale)
@@ -273,11 +283,12 @@ ROWS = [
     *(
         Row(
             "a first layer that uses a parameter from elsewhere", name,
-            agrees(make, kinds=["plain", "sum"], first_layer="first"), FIRST, or_equal=True, settings=where,
+            agrees(make, kinds=["plain", "sum"], first_layer="first", plain_input=wanted), FIRST, or_equal=True, settings=where,
         )
         for name, make, where in (
             ("in a list", lent_in_a_list, (EAGER, TWO_PROCESSES, REFERENCE)),
             ("in a closure", lent_in_a_closure, HERE),
+            ("in a list, inside a reentrant checkpoint", lent_inside_a_reentrant_checkpoint, HERE),
             ("of a module of the body", lent_by_a_module, HERE),
         )
     ),
