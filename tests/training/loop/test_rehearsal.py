@@ -1,6 +1,7 @@
 """The choice of arithmetic, layout and compilation: by a rule, without a trace, kept on resume, told to all processes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,26 @@ def test_a_mode_that_fails_is_left_out_and_one_that_differs_is_measured():
     assert not other.agrees
 
 
+def test_a_rehearsal_says_that_it_is_one_and_times_no_loser_twice(capsys, monkeypatch):
+    """On a clock that the steps themselves move."""
+    seconds, calls, now = {FP32: 1.0, BF16: 0.5, LAST: 2.0}, [], [0.0]
+    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def build(mode):
+        def step():
+            calls.append(mode)
+            now[0] += seconds[mode]
+            return 1.0, torch.ones(2)
+
+        return lambda: step
+
+    trials = run_trials([(mode, build(mode)) for mode in seconds], CPU, shown=True)
+    assert [trial.seconds for trial in trials] == [(1.0,) * 3, (0.5,) * 3, (2.0,)]
+    assert best(trials).mode == BF16
+    assert calls.count(LAST) == 2
+    assert "rehearsal: a few steps each in fp32, bf16, fp32 channels_last" in capsys.readouterr().err
+
+
 @pytest.fixture
 def a_long_run(monkeypatch):
     """Every run is long enough for a rehearsal, in which bf16 is always the fastest."""
@@ -97,7 +118,7 @@ def test_a_rehearsal_leaves_no_trace(few_digits, a_long_run, method):
 
 
 def test_digits_are_trained_in_fp32_without_a_rehearsal(few_digits, monkeypatch):
-    monkeypatch.setattr(speed, "run_trials", lambda *_: pytest.fail("a rehearsal"))
+    monkeypatch.setattr(speed, "run_trials", lambda *_, **__: pytest.fail("a rehearsal"))
     trainer = Trainer(TrainConfig(), dataset=few_digits, shown=False)
     assert (trainer.config.precision, trainer.config.channels_last, trainer.config.compile) == ("32-true", False, False)
     assert speed.operations(trainer.config, trainer.method, trainer.dataset) > 1e9

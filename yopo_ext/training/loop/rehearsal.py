@@ -13,7 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,11 +21,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from yopo_ext.training.run.progress import Progress
+
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 GAIN = 1.15  # how many times faster than fp32 a mode must be
 LOSS_BOUND, COSINE_BOUND = 0.05, 0.8
-ROUNDS = 3  # timed steps of each mode, after one that warms up
+ROUNDS = 3  # timed steps of a mode, after one that warms up
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -88,12 +90,25 @@ def modes_to_try(
     return [Mode(p, layout) for p, layout in itertools.product(precisions, layouts)]
 
 
-def run_trials(steps: Iterable[tuple[Mode, Callable[[], Step]]], device: torch.device) -> list[Trial]:
+def run_trials(
+    steps: Sequence[tuple[Mode, Callable[[], Step]]], device: torch.device, *, shown: bool = False
+) -> list[Trial]:
     """Run every mode's steps in turn, so that a machine that slows down slows all modes alike.
 
     Each mode comes with a function that builds its step. A mode that cannot be built or run, because there is no compiler or too
-    little memory, say, is reported as failed; the first mode must run.
+    little memory, say, is reported as failed; the first mode must run. A mode that is slower than the first in the first round is
+    not timed again. With `shown` it says how far it is.
     """
+    progress = Progress("rehearsal", len(steps) * (1 + ROUNDS), shown=shown, unit="step")
+    if shown:
+        progress.say(f"a few steps each in {', '.join(str(mode) for mode, _ in steps)}")
+    with closing(progress):
+        return _run_trials(steps, device, progress)
+
+
+def _run_trials(
+    steps: Sequence[tuple[Mode, Callable[[], Step]]], device: torch.device, progress: Progress
+) -> list[Trial]:
     trials: list[Trial] = []
     ready: dict[Mode, Step] = {}
     expected: tuple[float, Tensor] | None = None
@@ -108,6 +123,7 @@ def run_trials(steps: Iterable[tuple[Mode, Callable[[], Step]]], device: torch.d
         except Exception as error:
             if expected is None:
                 raise
+            progress.advance(1 + ROUNDS)
             trials.append(Trial(mode, failure=str(error).partition("\n")[0] or type(error).__name__))
             continue
         expected = (loss, gradient) if expected is None else expected
@@ -117,9 +133,14 @@ def run_trials(steps: Iterable[tuple[Mode, Callable[[], Step]]], device: torch.d
         nan = float("nan")  # compares as no agreement
         trials.append(Trial(mode, loss_error=error_of_loss, cosine=cosine if loss == loss else nan))
         ready[mode] = step
+        progress.advance()
     seconds: dict[Mode, list[float]] = {mode: [] for mode in ready}
-    for _ in range(ROUNDS):
+    first = next(iter(ready))
+    for number in range(ROUNDS):
         for mode, step in ready.items():
+            progress.advance()
+            if number > 0 and seconds[mode][0] > seconds[first][0]:
+                continue
             _wait(device)
             started = time.perf_counter()
             step()
@@ -202,7 +223,7 @@ def fastest_mode(
         return run
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        trials = run_trials(((mode, partial(build, mode)) for mode in modes), device)
+        trials = run_trials([(mode, partial(build, mode)) for mode in modes], device, shown=shown)
     chosen = best(trials)
     if shown:
         print("\n".join(report(trials, chosen, f"steps of {len(x)} images")), flush=True)

@@ -28,7 +28,7 @@ from yopo_ext.training.run.files import read_json
 SHORT_RUN = {"cpu": 1e13, "cuda": 1e15}  # floating-point operations: minutes of one core, seconds of a GPU
 SHORT_BUDGET = 120.0  # seconds, for runs with a time budget
 WORTH_COMPILING = 2400.0  # seconds of the run: compiling takes about a minute
-CPU_BATCH = 32  # images of a rehearsed step; a CPU gains nothing from more
+CPU_BATCH = 16  # images of a rehearsed step: what they gain or lose by a mode, more of them do too
 
 
 def is_open(config: TrainConfig) -> bool:
@@ -92,13 +92,13 @@ def choose_mode(
     modes = modes_to_try(device, precision, config.channels_last, convolutional=convolutional)
     if config.compile:
         modes = [dataclasses.replace(mode, compile=True) for mode in modes]
-    trials = _trials(modes, tried, method, few, device)
+    trials = _trials(modes, tried, method, few, device, shown)
     chosen = best(trials)
     share = size * (1 if config.devices == 1 else config.devices)
     left = budget or chosen.typical * len(dataset.train) / share * (config.epochs or 0)
     if config.compile is None and left >= WORTH_COMPILING:
         compiled = dataclasses.replace(chosen.mode, compile=True)
-        pair = _trials([chosen.mode, compiled], tried, method, few, device)
+        pair = _trials([chosen.mode, compiled], tried, method, few, device, shown)
         trials = [*trials, pair[1]]
         chosen = pair[1] if best(pair) is pair[1] else chosen
     if shown:
@@ -106,7 +106,9 @@ def choose_mode(
     return with_mode(config, chosen.mode)
 
 
-def _trials(modes: list[Mode], config: TrainConfig, method: Method, few: Dataset, device: torch.device) -> list[Trial]:
+def _trials(
+    modes: list[Mode], config: TrainConfig, method: Method, few: Dataset, device: torch.device, shown: bool
+) -> list[Trial]:
     from lightning_fabric import Fabric  # after `make_fabric`, which makes sure that it can be imported
 
     def build(mode: Mode) -> Step:
@@ -132,4 +134,4 @@ def _trials(modes: list[Mode], config: TrainConfig, method: Method, few: Dataset
         return run
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        return run_trials(((mode, partial(build, mode)) for mode in modes), device)
+        return run_trials([(mode, partial(build, mode)) for mode in modes], device, shown=shown)

@@ -16,13 +16,16 @@ FIRST_QUIET, SHORTEST_QUIET, LONGEST_QUIET = 1.0, 5.0, 30.0
 class Progress:
     """Reports the batches and epochs of one run; silent unless `shown` (rank 0)."""
 
-    def __init__(self, title: str, total: int | None, done: int = 0, *, shown: bool = True) -> None:
+    def __init__(
+        self, title: str, total: int | None, done: int = 0, *, shown: bool = True, unit: str = "batch"
+    ) -> None:
         self.title, self.total, self.done, self.shown = title, total, done, shown
         self.started = self.said = time.monotonic()
+        self.unit = unit
         self.counted = False  # whether a line has said how far it is
         terminal = shown and sys.stderr.isatty()
         self.bar = (
-            tqdm(total=total, initial=done, desc=title, unit="batch", leave=False, dynamic_ncols=True)
+            tqdm(total=total, initial=done, desc=title, unit=unit, leave=False, dynamic_ncols=True)
             if terminal
             else None
         )
@@ -33,7 +36,7 @@ class Progress:
             self.bar.update(batches)
         elif self.shown and self._is_due():
             self.counted = True
-            self.say(f"batch {self.done}" + ("" if self.total is None else f" of {self.total}"))
+            self.say(f"{self.unit} {self.done}" + ("" if self.total is None else f" of {self.total}"))
 
     def say(self, text: str) -> None:
         """One line, above the bar if there is one."""
