@@ -22,7 +22,7 @@ build: $(VENV)/.build
 # Three sets of packages, each installed once: for the build, for the command line, for tests and linters.
 # torch goes in first because the native build takes its headers.
 $(VENV)/.tools: constraints.txt
-	@echo "== Installing PyTorch and the build tools into $(VENV): about 250 MB to download, usually 1 to 3 minutes"
+	@echo "== Installing PyTorch and the build tools into $(VENV): about 250 MB to download (a CUDA build of PyTorch: 3 GB), usually 1 to 3 minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(OTHER),sed -e 's/^torch==.*/torch==$(TORCH)/' -e '/^torchvision==/d' constraints.txt > $(CONSTRAINTS))
 	$(PIP) torch==$(TORCH) setuptools wheel cmake ninja
