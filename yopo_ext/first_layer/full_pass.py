@@ -84,7 +84,6 @@ class FullPass:
         # The loss is unknown before the first pass: if it is refused there, buffers are put back.
         self.unseen = SavedBuffers(self.model) if self.inspection.new else None
         self.without_gradient = [p for p in self.inspection.parameters if p.grad is None]
-        self.check = self.x.new_zeros(2).requires_grad_() if self.threat is not None else self.x
         raise_late_errors(self.stand_in)
 
     def output(self, eta: Tensor | float) -> Any:
@@ -119,9 +118,10 @@ class FullPass:
             probe.requires_grad_()
         given = self.input(probe)
         x, stand_in = self.x, self.stand_in
-        self.check.grad = None
+        # Fresh in every pass: a loss may keep the graph of an earlier pass and run backward through it again.
+        check = x if self.threat is None else x.new_zeros(2).requires_grad_()
         settings = self.settings._replace(gradient_before=gradients.before, gradient_after=gradients.after)
-        run = Run(self.place, x, eta.detach().requires_grad_(), self.check, given, self.ball, settings, self.threat)
+        run = Run(self.place, x, eta.detach().requires_grad_(), check, given, self.ball, settings, self.threat)
         stand_in.begin(run)
         try:
             if self.inspection.shared and not synchronise:
