@@ -102,4 +102,6 @@ def main(target: str, *runs: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or not sys.argv[1].endswith(".json"):
+        sys.exit(str(__doc__))
     main(*sys.argv[1:])
