@@ -154,7 +154,12 @@ def test_the_command_line_wins_over_the_file(tmp_path, capsys):
 def test_an_interrupt_while_pytorch_is_loaded_is_one_line():
     """The import takes seconds, and people press Ctrl-C in it."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "yopo_ext", "train"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "yopo_ext", "train"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that starts the tests in the background has its children ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     assert "loading PyTorch" in process.stderr.readline()

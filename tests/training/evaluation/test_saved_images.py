@@ -27,7 +27,7 @@ def test_images_of_eight_bits_stay_in_the_ball(norm, eps, levels):
     delta = torch.randn(x.shape, generator=generator)
     delta = eps * (delta.sign() if norm == "linf" else delta / delta.flatten(1).norm(dim=1)[:, None, None, None])
     attacked = (x + delta).clamp(0.0, 1.0)
-    saved = eight_bits(x, attacked, ThreatModel(eps, norm)).double() / 255
+    saved = eight_bits(x, attacked, ThreatModel(eps, norm=norm)).double() / 255
     assert (size(saved - x.double(), norm) <= eps + 1e-6).all()
     assert size(saved - attacked.double(), "linf").max() <= (1.001 if norm == "linf" else 2.0) / 255
     if norm == "linf" and levels == 255 and eps == 8 / 255:
@@ -38,7 +38,7 @@ def test_images_of_eight_bits_stay_in_the_ball(norm, eps, levels):
 def test_a_ball_between_two_grey_levels_holds_no_image(norm):
     x = torch.full((2, 1, 2, 2), 0.5)  # 127.5 grey levels
     with pytest.raises(ValueError, match=r"eps must be large enough for images of 8 bits.*got 0\.001"):
-        eight_bits(x, x, ThreatModel(0.001, norm))
+        eight_bits(x, x, ThreatModel(0.001, norm=norm))
 
 
 @pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
