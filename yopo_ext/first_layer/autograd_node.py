@@ -81,7 +81,11 @@ class Evaluation:
 
         def forward(z: Tensor) -> Tensor:
             mean, variance = next(calls)
-            return torch.nn.functional.batch_norm(z, mean, variance, module.weight, module.bias, False, 0.0, module.eps)
+            weight, bias = (None if t is None else t.to(mean.dtype) for t in (module.weight, module.bias))
+            wide = z.to(mean.dtype)  # the statistics of a layer in low precision are fp32
+            return torch.nn.functional.batch_norm(wide, mean, variance, weight, bias, False, 0.0, module.eps).to(
+                z.dtype
+            )
 
         return forward
 

@@ -409,6 +409,7 @@ ROWS = [
             ("convolution", conv, yopo_step, ONE_PROCESS),
             ("convolution, BatchNorm, ReLU", lambda: nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU()), yopo_step, HERE),
             ("autograd layer", lambda: nn.Sequential(conv(), nn.Tanh()), yopo_step, HERE),
+            ("autograd layer with BatchNorm", lambda: nn.Sequential(conv(), nn.BatchNorm2d(6), nn.Tanh()), yopo_step, HERE),
             ("TRADES", conv, trades_yopo_step, HERE),
         )
     ),
