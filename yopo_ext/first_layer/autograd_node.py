@@ -35,6 +35,7 @@ class Evaluation:
     autocast: torch.dtype | None = None
     rng_state: tuple[Tensor, Tensor | None] | None = None
     buffers: list[SavedBuffers] = field(default_factory=list)
+    computed: list[tuple[dict[str, Any], str, Tensor]] = field(default_factory=list)  # weights that hooks make
     statistics: dict[nn.Module, list[tuple[Tensor, Tensor]]] = field(
         default_factory=dict
     )  # of each BatchNorm, call by call
@@ -58,6 +59,7 @@ class Evaluation:
         if drops or not (self.affine or capturing):  # any module may draw noise in its forward
             self.rng_state = torch.get_rng_state(), torch.cuda.get_rng_state(u.device) if kind == "cuda" else None
         self.buffers = [SavedBuffers(part) for part, _ in self.parts if any(m._buffers for m in part.modules())]
+        self.computed = [(vars(m), n, t) for m in modules for n, t in vars(m).items() if _computed(t)]
         own = dict(self.parts)
         forwards = {m: own.get(m, m.forward) for m in modules}
         noted = {m: self._noting(m, f) for m, f in forwards.items() if _uses_batch_statistics(m, f)}
@@ -109,6 +111,9 @@ class Evaluation:
         with ExitStack() as stack:
             for buffers in self.buffers:
                 stack.enter_context(buffers.as_then())
+            for attributes, name, value in self.computed:  # a loss that calls the model makes others
+                stack.callback(attributes.__setitem__, name, attributes[name])
+                attributes[name] = value
             y = self(u, {module: self._frozen(module) for module in self.statistics} if frozen else None)
             return torch.autograd.grad(y, wanted, p.to(y.dtype), allow_unused=True, retain_graph=True)
 
@@ -134,6 +139,11 @@ class Evaluation:
             (g,) = self.at(u, p, [u], frozen=True)
             eta = self.step(x, eta, g, 1, masked and i == 0)
         return eta
+
+
+def _computed(value: Any) -> bool:
+    """Whether an attribute of a module is a tensor with a graph, as `torch.nn.utils.weight_norm` keeps the weight."""
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def _uses_batch_statistics(module: nn.Module, forward: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,13 @@ def first_weights(model: Any) -> LossFunction:
     return lambda output, y: F.cross_entropy(output, y) + kept
 
 
+def normed() -> nn.Module:
+    """An autograd layer whose weight is an attribute with a graph, made anew before every call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"))
+
+
 def retain(loss: Tensor) -> None:
     loss.backward(retain_graph=True)
 
@@ -137,6 +145,14 @@ ROWS = [
             net(lambda: nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU())), ["first"], loss=pairing, kinds=OWN_CALLS
         ),
         settings=(EAGER, REFERENCE),
+    ),
+    *(
+        Row(
+            "a loss that runs the model again", f"{name}, a weight that a hook computes",
+            agrees(net(normed), ["first"], loss=loss, change=evaluated, kinds=["plain", "sum", "full"]),
+            settings=(EAGER, REFERENCE),
+        )
+        for name, loss in (("logit pairing", pairing), ("consistency, without gradients", consistency))
     ),
     *(
         Row("a loss that runs the model again", f"TRADES, {name}", trades_agrees(net(conv), loss=loss, change=evaluated))
