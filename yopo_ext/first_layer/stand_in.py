@@ -246,7 +246,8 @@ def _update_running_statistics(norm: Any, mean: Tensor, variance: Tensor) -> Non
     with torch.no_grad():
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-        momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        count = norm.num_batches_tracked  # an integer tensor, whose reciprocal would be fp32
+        momentum = 1.0 / count.to(norm.running_mean.dtype) if norm.momentum is None else norm.momentum
         norm.running_mean.mul_(1 - momentum).add_(momentum * mean)
         norm.running_var.mul_(1 - momentum).add_(momentum * variance)
 

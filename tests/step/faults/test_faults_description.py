@@ -76,6 +76,10 @@ ROWS = [
         agrees(net(lambda: without_tracking(nn.Sequential(conv(), nn.BatchNorm2d(6)))), ["first"]),
     ),
     Row(
+        "BatchNorm", "cumulative average in fp64",
+        agrees(net(lambda: nn.Sequential(conv(), nn.BatchNorm2d(6, momentum=None), nn.ReLU())), ["first"], steps=3),
+    ),
+    Row(
         "track_running_stats switched off", "between steps",
         agrees(net(lambda: nn.Sequential(conv(), nn.BatchNorm2d(6), nn.ReLU())), ["first"], change=stop_tracking),
     ),
