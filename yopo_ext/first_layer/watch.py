@@ -95,6 +95,8 @@ class Watch:
                 raise FirstLayerError(self._order(module))
             return forward(input, *args, **kwargs)
         inner = fitted(input, self.given, self.leaf) if isinstance(input, Tensor) else None
+        if inner and self._trained_before(module):
+            inner = None
         if inner is None:
             if self.named is not None:
                 raise FirstLayerError(
@@ -112,6 +114,13 @@ class Watch:
         self.layer = self.described[module]
         self.start = input.detach().clone(), [SavedBuffers(m) for m in self.chain], torch_random_states()
         return self._next(module, forward, input, args, kwargs)
+
+    def _trained_before(self, module: nn.Module) -> bool:
+        """Whether modules with trained parameters ran before, where no graph would show it: a BatchNorm can be fitted, too."""
+        if torch.is_grad_enabled():
+            return False
+        ran = [m for m in self.near if any(p is not None and p.requires_grad for p in m._parameters.values())]
+        return any(all(part is not module for part in m.modules()) for m in ran)
 
     def _next(self, module: nn.Module, forward: Any, input: Tensor, args: Any, kwargs: Any) -> Any:
         """Run a module of the chain; after the last one the model goes on from a leaf in the place of its output."""

@@ -271,6 +271,9 @@ ROWS = [
     Row("a reentrant checkpoint", "around a flattening, layer not named",
         agrees(net(lambda: nn.Linear(168, 6), Flattening), ["first"], first_layer=None, kinds=["plain", "sum", "released"],
                plain_input=wanted), settings=HERE),
+    Row("a reentrant checkpoint", "around a BatchNorm before the layer, not named",
+        agrees(lambda: net(lambda: nn.Sequential(nn.BatchNorm2d(3), conv()), Reentrant)().eval(), kinds=["plain"],
+               first_layer=None, plain_input=wanted), FIRST, settings=HERE),
     Row("a reentrant checkpoint", "TRADES", trades_agrees(lambda: net(conv, Reentrant)().eval(), given=wanted), settings=HERE),
     *(
         Row("a hook of a parameter", name, agrees(hooked(first), ["first"], kinds=["plain", "sum", "full", "released"]),
