@@ -19,7 +19,7 @@ from .fused_node import Settings
 from .inspect import Forward, Inspection
 from .normalisation import Normalisation
 from .outputs import detached
-from .stand_in import Place, Run, StandIn, other_input, stand_in_of
+from .stand_in import PassError, Place, Run, StandIn, other_input, stand_in_of
 from .watch import FirstLayer
 
 
@@ -129,6 +129,8 @@ class FullPass:
                     loss, output = self._both_ways(run, objective, scale)
             else:
                 loss, output = self._both_ways(run, objective, scale)
+        except PassError as error:
+            raise ValueError(str(error) + self._taken_back()) from error
         finally:
             stand_in.run = None
         self._judge(run, probe)

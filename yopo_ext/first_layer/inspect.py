@@ -118,7 +118,7 @@ class Inspection:
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return (
             bytes([m.training for m in modules]), self.x.shape[1:], self.x.dtype, self.input_dtype, self.x.device, autocast,
-            self.outer, _name(self.first_layer),
+            self.outer, _name(self.first_layer), *map(_bound, self.ball.bounds_as_given),
             # A function that is made anew for every step has the same code.
             getattr(self.forward, "__code__", type(self.forward)),
         )  # fmt: skip
@@ -210,6 +210,11 @@ def refuse_unsupported(base: nn.Module, modules: list[nn.Module]) -> None:
             )
         if parameter.is_inference():
             raise FirstLayerError("model must not hold inference tensors: make it outside of torch.inference_mode")
+
+
+def _bound(value: Any) -> Any:
+    """A bound of the pixels as part of a key; a model may clamp to other ones."""
+    return value.shape if isinstance(value, Tensor) else tuple(value)
 
 
 def _name(first_layer: Any) -> Any:

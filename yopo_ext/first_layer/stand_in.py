@@ -52,6 +52,10 @@ class Run:
     end: int | None = None  # after the model's forward: the next sequence number of autograd
 
 
+class PassError(ValueError):
+    """What the layer's call in a pass shows: an earlier pass may have left gradients, which are taken back."""
+
+
 class StandIn:
     """The callable that stands in for one first layer during passes.
 
@@ -113,13 +117,13 @@ class StandIn:
                 return
             ok = not bool(other)
         if not ok:
-            raise ValueError(other_input(run.place.modules[0], observed))
+            raise PassError(other_input(run.place.modules[0], observed))
 
     def _autograd(self, input: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         run = self.run
         modules, forwards, layer = run.place.modules, run.place.forwards, run.place.layer
         if any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
-            raise ValueError(other_parameters(modules[-1], "is called with one"))
+            raise PassError(other_parameters(modules[-1], "is called with one"))
         parts = list(zip(modules, (*forwards[:-1], bound(forwards[-1], args, kwargs)), strict=True))
         evaluation = Evaluation(run, parts, layer.affine, run.settings._replace(dtype=input.dtype), input.shape)
         return autograd_node(evaluation, run.eta, run.x)
@@ -142,7 +146,7 @@ class StandIn:
             else:
                 y, mean, variance = _batch_norm_in_eager(run, settings, norm.eps, run.eta, run.x, *parameters)
             if y.numel() == y.shape[1]:
-                raise ValueError(f"x must give BatchNorm more than one value per channel; got {list(run.x.shape)}")
+                raise PassError(f"x must give BatchNorm more than one value per channel; got {list(run.x.shape)}")
             tracked = norm.training and norm.track_running_stats and norm.running_mean is not None
             if tracked and (compiling or run.calls == 1):
                 _update_running_statistics(norm, mean.detach(), variance.detach())

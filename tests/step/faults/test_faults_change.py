@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from fault_oracle import Make, Net, Normalised, agrees, batch, conv, net, trades_agrees
-from fault_rows import AS_EXPECTED, EAGER, EVERYWHERE, INDUCTOR, REFERENCE, TWO_PROCESSES, Row, cells
+from fault_rows import AS_EXPECTED, EAGER, EVERYWHERE, INDUCTOR, REFERENCE, TWO_PROCESSES, Row, Setting, cells
 from torch import Tensor, nn
+
+from yopo_ext import yopo_step
 
 FIRST = r"\bfirst_layer\b"
 
@@ -122,7 +124,39 @@ def weights_in_hook(first: Callable[[], nn.Module], where: str) -> Make:
     return make
 
 
+class Shifting(Net):
+    """Changes its input from its second call on."""
+
+    calls = 0
+
+    def forward(self, u: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(u if self.calls == 1 else u + 0.1 * u.square())
+
+
+class Clamping(Net):
+    """Clamps its input to [0, 1]."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return super().forward(u.clamp(0, 1))
+
+
+def other_bounds(setting: Setting) -> None:
+    model = setting.wrap(net(conv, Clamping)())
+    x, y, eta = batch(0)
+    for bounds in ((0.0, 1.0), (-0.5, 1.5)):
+        yopo_step(
+            model, x, y, first_layer="first", init=0.1 * eta, outer_steps=1, eps=0.2, step_size=0.2, bounds=bounds
+        )
+
+
 ROWS = [
+    Row(
+        "a model that changes inside a step", "its input, in the second pass",
+        agrees(net(conv, Shifting), kinds=["sum"], first_layer="first", buffers_on_error=False), FIRST,
+        settings=(EAGER, REFERENCE),
+    ),
+    Row("the bounds change", "of a model that clamps to the ones before", other_bounds, FIRST, settings=(EAGER, REFERENCE)),
     Row(
         "a second way from the input appears after the first step", "TRADES",
         trades_agrees(
