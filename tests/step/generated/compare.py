@@ -36,7 +36,7 @@ class Outcome:
     """What the steps of a draft came to.
 
     status: "equal"; "refused" by an error that names an argument, where the model may be refused; "ambiguous", a gradient has no
-    certain sign; "invalid", the model does not run without the package; "skipped", the package lacks an option; "differs".
+    certain sign; "invalid", the model does not run without the package; "differs".
     step: the step that ended it. steps: how many were equal before, `plain` of them to plain passes.
     """
 
@@ -104,9 +104,6 @@ def _fit_dtype(draft: Draft, *both: Built) -> None:
 
 def _one(draft: Draft, step: Step, mine: Built, theirs: Built, expectation: Any) -> tuple[str, str] | None:
     """None where both come to the same."""
-    lacking = _lacking(draft, step)
-    if lacking:
-        return "skipped", lacking
     x, y, eta = batch(draft, step, mine.kind.fixed_shape)
     layer = theirs.layer(draft.named)
     plain = step.oracle == "plain"
@@ -147,15 +144,6 @@ def _one(draft: Draft, step: Step, mine: Built, theirs: Built, expectation: Any)
 def _recomputes(built: Built) -> bool:
     """Whether a checkpoint recomputes the first layer: the definition runs it once, torch a second time in backward."""
     return built.net.checkpoint != "none" and built.net.scope == "all"
-
-
-def _lacking(draft: Draft, step: Step) -> str:
-    """What the package that is compared has no option for (older commits)."""
-    if "forward" not in ARGUMENTS and (
-        "forward" in step.options or draft.named == "sequence" or draft.dtype == "bfloat16"
-    ):
-        return "the package lacks forward, sequences of modules and models in bfloat16"
-    return ""
 
 
 def may_refuse(draft: Draft, step: Step, built: Built) -> bool:
